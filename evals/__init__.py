@@ -1,0 +1,1 @@
+"""What is measured after each iteration: one file a benchmark, and the statistics they share."""

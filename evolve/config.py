@@ -1,0 +1,420 @@
+"""The typed configuration: what Hydra composed, checked and frozen.
+
+DictConfig ends in this file. Every section of conf/ is a frozen model below; a wrong key, type, value or combination
+raises `ConfigError`, one line that names the key, the value and the choices, before any work is done.
+
+A field marked `RUNTIME` says where and how a stage runs (devices, micro-batches, folders), never what comes out of it:
+it stays out of every stage's identity. A field that has a default here was added after the first records were made;
+its default is the behaviour from before it existed, so old records keep their identity (see store.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+RUNTIME = "runtime"  # metadata of fields that never enter an identity
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(Exception):
+    """A setting that can't be run, as one line: what is wrong, where, what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class LearningRates(Section):
+    sft: Rate
+    pt: Rate
+    reward_model: Rate
+
+
+class Model(Section):
+    name: str
+    path: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16"]
+    checkpoint_dtype: Literal["float32", "bfloat16"]
+    chat_template: str | None
+    trust_remote_code: bool
+    learning_rate: LearningRates
+
+
+class Data(Section):
+    name: str
+    path: str
+    revision: str | None
+    split: str
+    eval_path: str | None
+    eval_split: str | None
+    verifier: Literal["ledger"] | None
+    seed: int
+    eval_prompts: Positive
+    sft_pairs: Count
+    offline_pairs: Count
+    prompts: Positive
+    reward_model_pairs: Count
+    max_characters: Positive | None
+    max_prompt_tokens: Positive
+    max_response_tokens: Positive
+    max_length: Positive
+
+
+class Strategy(Section):
+    name: Literal["parallel", "chain", "tree", "few_shot"]
+    answers: Annotated[int, Field(ge=1, le=64)]
+    branching: Positive | None
+    expand: Literal["best", "every"] | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_counts(cls, values: Any) -> Any:
+        """A setting that only trees have is no part of another strategy, so it can't make that one's answers new."""
+        if isinstance(values, dict) and values.get("name") != "tree":
+            values = {**values, "branching": None, "expand": None}
+        return values
+
+
+class Sampling(Section):
+    temperature: Weight
+    top_k: Count
+    top_p: Annotated[float, Field(gt=0, le=1)]
+
+
+class Template(Section):
+    name: Annotated[str, RUNTIME]
+    text: str
+    separator: str
+    path: Annotated[str | None, RUNTIME]  # its content replaces `text`, which is what counts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("path"), str):
+            file = find(values["path"])
+            if file is None or not file.is_file():
+                raise ValueError(f"template.path={values['path']}: no such file")
+            values = {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+        return values
+
+    @model_validator(mode="after")
+    def _has_fields(self) -> Template:
+        for field in ("{prompt}", "{response}"):
+            if self.text.count(field) != 1:
+                where = f"template.path={self.path}" if self.path else f"template.text of '{self.name}'"
+                raise ValueError(f"{where}: holds {field} {self.text.count(field)} times; it must stand there once")
+        return self
+
+
+class SFTWeights(Section):
+    """L_SFT's terms."""
+
+    direct: float
+    refine: float
+
+
+class PreferenceWeights(Section):
+    """L = (1 - alpha) L_DPO + alpha L_refine + nll L_NLL; None stands where a weight of 0 makes a setting idle."""
+
+    alpha: float
+    beta_direct: float | None
+    beta_refine: float | None
+    refine_contexts: Literal["both", "rejected"] | None
+    refine_scale: float | None
+    nll: float
+
+
+class Loss(Section):
+    name: str
+    sft_direct: Weight
+    sft_refine: Weight
+    pt: bool
+    alpha: Share
+    beta_direct: Rate
+    beta_refine: Rate
+    refine_contexts: Literal["both", "rejected"]
+    refine_scale: Rate
+    nll: Weight
+
+    @property
+    def sft(self) -> SFTWeights | None:
+        """What activation minimises; None: there is none."""
+        if self.sft_direct == self.sft_refine == 0:
+            return None
+        return SFTWeights(direct=self.sft_direct, refine=self.sft_refine)
+
+    @property
+    def preference(self) -> PreferenceWeights | None:
+        """What preference training minimises; None: there is none."""
+        if not self.pt:
+            return None
+        refines = self.alpha > 0
+        return PreferenceWeights(
+            alpha=self.alpha,
+            beta_direct=self.beta_direct if self.alpha < 1 else None,
+            beta_refine=self.beta_refine if refines else None,
+            refine_contexts=self.refine_contexts if refines else None,
+            refine_scale=self.refine_scale if refines else None,
+            nll=self.nll,
+        )
+
+
+class Filter(Section):
+    name: Annotated[str, RUNTIME]
+    scorer: Literal["reward_model", "verifier", "none"]
+    select: Literal["best_worst", "last_first"]
+    margin: Weight
+    unfinished: Literal["drop", "keep"]
+
+
+class RewardModel(Section):
+    path: str | None
+    revision: str | None
+    epochs: Positive
+    batch_size: Positive
+    micro_batch: Annotated[Positive, RUNTIME]
+
+
+class Iteration(Section):
+    count: Count
+    reference: Literal["previous", "initial", "post_sft"]
+    start: Literal["previous", "initial", "post_sft"]
+    data: Literal["this", "all"]
+
+
+class Engine(Section):
+    name: Literal["hf"]
+    batch_size: Annotated[Positive, RUNTIME]
+
+
+class Epochs(Section):
+    sft: Positive
+    pt: Positive
+
+
+class Optimiser(Section):
+    """How a loss is minimised; AdamW's own settings are torch's."""
+
+    batch_size: Positive
+    micro_batch: Annotated[Positive, RUNTIME]
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: Share
+    weight_decay: Weight
+    max_grad_norm: Rate
+    gradient_checkpointing: Annotated[bool, RUNTIME]
+
+
+class Trainer(Optimiser):
+    epochs: Epochs
+    max_dropped: Share
+
+    @property
+    def optimiser(self) -> Optimiser:
+        return Optimiser(**{name: getattr(self, name) for name in Optimiser.model_fields})
+
+    @model_validator(mode="after")
+    def _divides(self) -> Trainer:
+        if self.batch_size % self.micro_batch and self.micro_batch < self.batch_size:
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"trainer.micro_batch={self.micro_batch}: doesn't divide trainer.batch_size={self.batch_size}; "
+                f"these do: {', '.join(map(str, fits))}"
+            )
+        return self
+
+
+class Judge(Section):
+    name: Literal["none"]
+
+
+class Eval(Section):
+    benchmarks: tuple[Literal["refinement"], ...]
+    turns: Annotated[int, Field(ge=1, le=64)]
+    temperature: Weight
+    seed: int
+    scorer: Literal["auto", "verifier", "reward_model"]
+
+
+class Resources(Section):
+    workers: Positive
+    threads: Positive
+    device: Literal["auto", "cpu", "cuda"]
+    retries: Count
+    lease_timeout: Annotated[float, Field(ge=5)]
+
+
+class Wandb(Section):
+    mode: Literal["auto", "offline", "online", "disabled"]
+    project: str
+    entity: str | None
+
+
+class Config(Section):
+    """One member of a sweep: everything that decides its numbers, and where it runs."""
+
+    model: Model
+    data: Data
+    strategy: Strategy
+    sampling: Sampling
+    template: Template
+    loss: Loss
+    filter: Filter
+    reward_model: RewardModel
+    iteration: Iteration
+    engine: Engine
+    trainer: Trainer
+    judge: Judge
+    eval: Eval
+    seed: int
+    resources: Annotated[Resources, RUNTIME]
+    wandb: Annotated[Wandb, RUNTIME]
+    output: Annotated[str, RUNTIME]
+    dry_run: Annotated[bool, RUNTIME]
+
+    @property
+    def eval_scorer(self) -> str:
+        if self.eval.scorer != "auto":
+            return self.eval.scorer
+        return "verifier" if self.data.verifier else "reward_model"
+
+    @property
+    def trained_iterations(self) -> int:
+        return self.iteration.count if self.loss.pt else 0
+
+    @property
+    def uses_reward_model(self) -> bool:
+        needs = [self.eval_scorer] + ([self.filter.scorer] if self.trained_iterations else [])
+        return "reward_model" in needs
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Config:
+        """Settings that are each allowed, and contradict one another."""
+
+        def refuse(what: str) -> None:
+            raise ValueError(what)
+
+        if self.data.verifier is None:
+            if self.filter.scorer == "verifier":
+                refuse(
+                    f"filter.scorer=verifier: data.name={self.data.name} has no verifier; "
+                    "take filter=reward_model or filter=rule"
+                )
+            if self.eval.scorer == "verifier":
+                refuse(
+                    f"eval.scorer=verifier: data.name={self.data.name} has no verifier; take eval.scorer=reward_model"
+                )
+        if self.filter.select == "best_worst" and self.filter.scorer == "none":
+            refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
+        if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
+            refuse(
+                f"strategy.expand=best: filter.name={self.filter.name} gives no scores to find the best node by; "
+                "take strategy.expand=every or a filter that scores"
+            )
+        if self.filter.select == "last_first" and self.strategy.name == "parallel" and self.trained_iterations:
+            refuse(
+                f"filter.name={self.filter.name}: prefers the last refinement, and strategy.name=parallel makes none; "
+                "take a filter that scores"
+            )
+        if self.trained_iterations and self.strategy.answers < 2:
+            refuse(f"strategy.answers={self.strategy.answers}: a pair needs at least 2 answers")
+        if self.loss.sft and not self.data.sft_pairs:
+            refuse("data.sft_pairs=0: the loss has an SFT term; set loss.sft_direct=0 loss.sft_refine=0 or more pairs")
+        if self.uses_reward_model and self.reward_model.path is None and not self.data.reward_model_pairs:
+            refuse("data.reward_model_pairs=0: a reward model is to be trained; set reward_model.path or more pairs")
+        if self.data.path == "embedded" and self.data.eval_path:
+            refuse("data.eval_path: data.path=embedded makes its own held-out prompts; leave it null")
+        if self.data.max_length <= self.data.max_response_tokens:
+            refuse(
+                f"data.max_length={self.data.max_length}: not above "
+                f"data.max_response_tokens={self.data.max_response_tokens}; no pair would fit"
+            )
+        return self
+
+
+def find(path: str) -> Path | None:
+    """A file or folder by the user's path, from the working directory or else the project's; None where it is not."""
+    for base in (Path.cwd(), ROOT):
+        candidate = base / os.path.expanduser(path)
+        if candidate.exists():
+            return candidate.resolve()
+    return None
+
+
+def load(composed: Any) -> Config:
+    """The frozen `Config` of a composed DictConfig (or plain dict). Raises ConfigError."""
+    if not isinstance(composed, dict):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            composed = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_one_line(str(error))) from None
+    composed = {str(key): value for key, value in composed.items() if key != "hydra"}
+    try:
+        return Config.model_validate(composed)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's errors as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "function-before")
+    if first["type"] == "extra_forbidden":
+        return unknown_key(key)
+    if first["type"] == "missing":
+        return f"{key}: not set; conf/{key.split('.')[0]}/ should give it"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{key}={first['input']}: {message[0].lower()}{message[1:]}"
+
+
+def unknown_key(key: str) -> str:
+    """One line for a key that the configuration does not have, with the keys that stand beside it."""
+    section: Any = Config
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        field = section.model_fields.get(parent)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            parents, last = parents[:depth], parent
+            break
+        section = field.annotation
+    choices = sorted(section.model_fields)
+    where = ".".join(parents)
+    close = difflib.get_close_matches(last, choices, n=1)
+    prefix = f"{where}." if where else ""
+    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"{key}: unknown key{hint} {where or 'the configuration'} has: {', '.join(choices)}"
+
+
+def one_line(error: Exception) -> str:
+    """One line for an error of Hydra's or OmegaConf's own, with the choices where there are any."""
+    import re
+
+    text = _one_line(str(error.__cause__ or error) if "Error merging" in str(error) else str(error))
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1])
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group = match[1]
+        choices = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        return f"{group}={match[2]}: no such choice; {group} is one of: {', '.join(choices) or 'none'}"
+    return text

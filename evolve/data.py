@@ -1,0 +1,153 @@
+"""Data sets: where rows come from, and which split each is in.
+
+A row is {"prompt", "chosen", "rejected"}, texts or lists of messages. Rows with the same prompt count once. Their order
+is by a hash of seed and prompt, so that it doesn't depend on the file's; splits are consecutive stretches of it:
+held-out rows first (unless they have a file or split of their own, whose prompts are then kept out of the rest), then
+pairs for SFT, pairs for offline training, and a stretch of prompts for each iteration; a reward model's pairs are
+taken from the end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from typing import Any
+
+Row = dict[str, Any]
+EMBEDDED_VERSION = 1  # raised when world.py makes other prompts, teacher answers or rewards
+FILES = (".jsonl", ".jsonl.gz", ".json")
+
+
+class DataError(ValueError):
+    """A data set that can't be used, as one line."""
+
+
+def is_file(path: str) -> bool:
+    return path.endswith(FILES)
+
+
+def _text(value: Any, where: str) -> str:
+    """A text, or the last message of a list of messages."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and isinstance(value[-1].get("content"), str):
+        value = value[-1]["content"]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: neither a text nor a list of messages")
+    return value
+
+
+def read(path: str, split: str) -> list[Row]:
+    """All rows of a JSONL file (or JSON list) or of a hub data set's split, as texts.
+
+    Raises DataError naming the file and line where something is wrong.
+    """
+    if is_file(path):
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            if path.endswith(".json"):
+                raw = list(enumerate(json.load(file), 1))
+            else:
+                raw = []
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        try:
+                            raw.append((number, json.loads(line)))
+                        except ValueError as error:
+                            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+    else:
+        from datasets import load_dataset
+
+        name, _, revision = path.partition("@")
+        raw = list(enumerate(load_dataset(name, revision=revision or None, split=split), 1))
+    rows = []
+    for number, row in raw:
+        missing = (
+            [key for key in ("prompt", "chosen", "rejected") if key not in row] if isinstance(row, dict) else ["keys"]
+        )
+        if missing:
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"{path}, row {number}: no '{missing[0]}'; it has {has}")
+        rows.append({key: _text(row[key], f"{path}, row {number}, {key}") for key in ("prompt", "chosen", "rejected")})
+    return rows
+
+
+def row_id(prompt: str) -> str:
+    """Names a prompt wherever it turns up."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def _ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[list[Row], dict[str, int]]:
+    dropped = {"empty": 0, "too many characters": 0, "chosen is rejected": 0, "prompt seen before": 0}
+    kept: dict[str, Row] = {}
+    for row in rows:
+        if not row["prompt"].strip() or not row["chosen"].strip() or not row["rejected"].strip():
+            dropped["empty"] += 1
+        elif max_characters is not None and max(map(len, row.values())) > max_characters:
+            dropped["too many characters"] += 1
+        elif row["chosen"] == row["rejected"]:
+            dropped["chosen is rejected"] += 1
+        elif row["prompt"] in kept:
+            dropped["prompt seen before"] += 1
+        else:
+            kept[row["prompt"]] = row
+    order = sorted(kept.values(), key=lambda row: hashlib.sha256(f"{seed}\x00{row['prompt']}".encode()).digest())
+    return order, {reason: count for reason, count in dropped.items() if count}
+
+
+def _same(prompt: str) -> str:
+    return " ".join(prompt.split()).lower()
+
+
+def slice_rows(
+    path: str,
+    eval_path: str | None,
+    *,
+    pool: str,
+    start: int,
+    count: int,
+    reserve: int,
+    seed: int,
+    split: str,
+    eval_split: str | None,
+    max_characters: int | None,
+) -> tuple[list[Row], dict[str, int]]:
+    """`count` rows of a pool from `start` on, each with its id, and counts of what was left out of the whole source.
+
+    Raises DataError if the pool has too few rows.
+    """
+    dropped: dict[str, int] = {}
+    if path == "embedded":
+        from evolve import world
+
+        if pool == "pairs":
+            rows = world.rows(start + count, seed)
+        else:
+            part = "test" if pool == "eval" else "train"
+            rows = [{"prompt": prompt} for prompt in world.prompts(start + count, seed, part)]
+        rows = rows[start:]
+    else:
+        rows, dropped = _ordered(read(path, split), seed, max_characters)
+        own_eval = eval_path is not None or eval_split is not None
+        if own_eval:
+            held_out, eval_dropped = _ordered(read(eval_path or path, eval_split or split), seed, max_characters)
+            if pool == "eval":
+                rows, dropped = held_out, eval_dropped
+            else:
+                prompts = {_same(row["prompt"]) for row in held_out}
+                clean = [row for row in rows if _same(row["prompt"]) not in prompts]
+                if len(clean) < len(rows):
+                    dropped["prompt is held out"] = len(rows) - len(clean)
+                rows = clean
+        elif pool == "eval":
+            rows = rows[:reserve]
+        else:
+            rows = rows[reserve:]
+        first = len(rows) + start if start < 0 else start
+        if first < 0 or first + count > len(rows):
+            raise DataError(
+                f"{path}: {count} rows from row {first} on are asked of '{pool}', which has {len(rows)} "
+                f"(left out: {dropped or 'none'}); make data.eval_prompts, data.sft_pairs, data.offline_pairs, "
+                "data.prompts or iteration.count smaller"
+            )
+        rows = rows[first : first + count]
+    return [{"id": row_id(row["prompt"]), **row} for row in rows], dropped

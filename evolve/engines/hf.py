@@ -1,0 +1,154 @@
+"""transformers' generate, batched by length, with a seed for each request.
+
+Sampling from softmax(logits / T) is the argmax of logits / T + Gumbel noise; the noise is a hash of (seed, step,
+token), so a request draws the same answer whatever stands beside it in the batch. generate itself runs greedily on
+that sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from evolve import templates
+from evolve.config import Sampling, Template
+from evolve.strategies import Completion, Request
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(value: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on 32-bit values held in int64: every input bit reaches every output bit."""
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
+    return value ^ (value >> 16)
+
+
+def gumbel(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise [rows, vocabulary], a pure function of (a row's 63-bit seed, step, token)."""
+    token = torch.arange(vocabulary, device=seeds.device)[None, :]
+    low, high = (seeds & _MASK)[:, None], (seeds >> 32)[:, None]
+    bits = _mix(_mix((token + low) & _MASK) ^ _mix((high + step * 0x9E3779B9) & _MASK))
+    uniform = (bits.double() + 0.5) / 2**32
+    return -torch.log(-torch.log(uniform))
+
+
+class _Draw(LogitsProcessor):
+    """Turns greedy decoding into sampling, by a seed for each row."""
+
+    def __init__(self, seeds: Tensor, temperature: float, prompt_width: int):
+        self.seeds, self.temperature, self.prompt_width = seeds, temperature, prompt_width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        noise = gumbel(self.seeds, input_ids.shape[1] - self.prompt_width, scores.shape[1])
+        return scores.double() / self.temperature + noise
+
+
+class HFEngine:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        chat_template: str | None,
+        trust_remote_code: bool,
+        dtype: str,
+        template: Template,
+        sampling: Sampling,
+        max_new_tokens: int,
+        max_length: int,
+        batch_size: int,
+        device: str,
+    ):
+        self.tokenizer = templates.load_tokenizer(model, chat_template, trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        self.model = loaded.to(device)
+        self.model.eval()
+        self.template, self.sampling = template, sampling
+        self.max_new_tokens, self.max_length = max_new_tokens, max_length
+        self.batch_size, self.device = batch_size, device
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
+        # The model's own sampling habits (repetition penalties and such) are not part of the experiment.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=max_new_tokens
+        )
+        self._queue: list[tuple[list[int], Request]] = []
+        self._refused: list[Completion] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            messages = (
+                templates.refine(self.template, request.prompt, request.earlier)
+                if request.earlier
+                else templates.direct(request.prompt)
+            )
+            ids = templates.encode_prompt(self.tokenizer, messages)
+            if len(ids) + self.max_new_tokens > self.max_length:
+                self._refused.append(Completion(request.key, "", 0, "too long"))
+            else:
+                self._queue.append((ids, request))
+
+    def poll(self) -> list[Completion]:
+        if self._refused:
+            refused, self._refused = self._refused, []
+            return refused
+        if not self._queue:
+            return []
+        # By length, so that little is padded; then by key, so that batches don't depend on arrival.
+        self._queue.sort(key=lambda item: (len(item[0]), item[1].key))
+        batch, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
+        return self._generate(batch)
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[tuple[list[int], Request]]) -> list[Completion]:
+        width = max(len(ids) for ids, _ in batch)
+        input_ids = torch.full((len(batch), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(input_ids)
+        for row, (ids, _) in enumerate(batch):
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        processors = LogitsProcessorList()
+        if self.sampling.temperature > 0:
+            if self.sampling.top_k:
+                processors.append(TopKLogitsWarper(self.sampling.top_k))
+            if self.sampling.top_p < 1:
+                # top_p looks at probabilities, so it has to see the temperature; _Draw then finds it applied.
+                processors.append(_Scale(self.sampling.temperature))
+                processors.append(TopPLogitsWarper(self.sampling.top_p))
+            temperature = 1.0 if self.sampling.top_p < 1 else self.sampling.temperature
+            seeds = torch.tensor([request.seed for _, request in batch], device=self.device)
+            processors.append(_Draw(seeds, temperature, width))
+        output = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            logits_processor=processors,
+            do_sample=False,
+        )[:, width:].tolist()
+        completions = []
+        for ids, (_, request) in zip(output, batch, strict=True):
+            end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+            answer = ids if end is None else ids[:end]
+            text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+            spent = len(ids) if end is None else end + 1
+            completions.append(Completion(request.key, text, spent, "length" if end is None else "stop"))
+        return completions
+
+    def close(self) -> None:
+        del self.model
+
+
+class _Scale(LogitsProcessor):
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores / self.temperature

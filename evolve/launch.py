@@ -1,0 +1,221 @@
+"""Runs the graph of a sweep on this machine, and shows it to whoever waits.
+
+    plan_members -> Planned;  sweep = plan, run what is missing, report
+
+A stage that fails fails its dependants alone and is shown at once; every other member goes on. Ctrl-C, or a kill at any
+moment, loses nothing that was committed: the same command finds it in the store and runs the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evolve import plan, sources, workers
+from evolve.config import ROOT, Config
+from evolve.plan import Graph, Verdict
+from evolve.show import Show
+from evolve.store import Store, digest
+from evolve.workers import Inline, Outcome, Setting, Workers
+
+
+class Failed(Exception):
+    """Some stages failed; the message says which."""
+
+
+@dataclass
+class Planned:
+    """A sweep ready to run."""
+
+    graph: Graph
+    store: Store
+    verdicts: dict[str, Verdict]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        """Any member's: for what all share (resources, output, wandb)."""
+        return self.graph.members[0].config
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the sweep: named by what is in it, so that the same command finds it again."""
+        described = [plan.describe(member) for member in self.graph.members]
+        keys = sorted({word.split("=")[0].split("/")[-1] for member in described for word in member["name"].split()})
+        name = "-".join(keys)[:48] or "run"
+        return self.store.root.parent / "sweeps" / f"{name}-{digest([member['steps'] for member in described])[:8]}"
+
+
+def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) -> Planned:
+    """Resolves what comes from outside, builds the graph, compares it with the store. Writes nothing but hashes' cache.
+
+    Raises ConfigError.
+    """
+    dry = all(config.dry_run for config in configs)
+    store = plan.store_of(configs[0])
+    resolver = sources.Resolver(store.root / "digests", unpinned=dry)
+    for config in configs:
+        resolver.check_rows(config.data, config.trained_iterations, config.uses_reward_model)
+    names = plan.names(configs, overrides)
+    graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
+    return Planned(graph, store, plan.judge(graph, store), resolver.warnings)
+
+
+def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline: bool = False) -> Planned:
+    """Plans and runs members. `inline`: in this process, one stage at a time, as a job of a stock launcher.
+
+    Raises Failed when a stage failed, after everything else has run and been reported.
+    """
+    planned = plan_members(configs, overrides)
+    show = Show(planned)
+    show.plan(full=planned.config.dry_run)
+    if planned.config.dry_run:
+        return planned
+    write_sweep(planned)
+    setting = Setting(
+        Store(planned.store.root, planned.store.lease_timeout),
+        planned.config.resources,
+        planned.folder / "logs",
+        code(),
+    )
+    outcomes: dict[str, Outcome] = {}
+    if any(not verdict.reused for verdict in planned.verdicts.values()):
+        pool = Inline(setting) if inline else Workers(setting)
+        try:
+            with show:
+                outcomes = run(planned, pool, show)
+        finally:
+            pool.close()
+    if not inline:
+        report(planned)
+    failed = {stage_id: outcome for stage_id, outcome in outcomes.items() if outcome.status == "failed"}
+    if failed:
+        blocked = sum(outcome.status == "blocked" for outcome in outcomes.values())
+        raise Failed(
+            f"{len(failed)} stage(s) failed ({', '.join(failed)}), so {blocked} that need them did not run; "
+            f"everything else is done. Logs: {planned.folder / 'logs'}; the same command tries again"
+        )
+    return planned
+
+
+def run(planned: Planned, pool: Workers | Inline, show: Show) -> dict[str, Outcome]:
+    """Every stage that is not in the store, as soon as its inputs are, on as many workers as there are."""
+    stages = planned.graph.stages
+    outcomes: dict[str, Outcome] = {}
+    waiting: dict[str, set[str]] = {}
+    dependants: dict[str, list[str]] = defaultdict(list)
+    for stage in stages.values():
+        if planned.verdicts[stage.id].reused:
+            continue
+        waiting[stage.id] = {item.id for item in stage.stages if not planned.verdicts[item.id].reused}
+        for need in waiting[stage.id]:
+            dependants[need].append(stage.id)
+    order = {stage_id: number for number, stage_id in enumerate(stages)}
+    ready = [stage_id for stage_id, needs in waiting.items() if not needs]
+    running: set[str] = set()
+    again: dict[str, float] = {}  # held by another process: when to look again
+    tries: dict[str, int] = defaultdict(int)
+
+    def finish(stage_id: str, outcome: Outcome) -> None:
+        outcomes[stage_id] = outcome
+        show.finished(stages[stage_id], outcome)
+        for dependant in dependants[stage_id]:
+            if dependant in outcomes:
+                continue
+            if outcome.status in ("failed", "blocked"):
+                finish(dependant, Outcome("blocked", f"needs {stage_id}"))
+            else:
+                waiting[dependant].discard(stage_id)
+                if not waiting[dependant]:
+                    ready.append(dependant)
+
+    while len(outcomes) < len(waiting):
+        now = time.time()
+        for stage_id in [stage_id for stage_id, when in again.items() if when <= now]:
+            del again[stage_id]
+            if planned.store.record(stages[stage_id]) is not None:
+                finish(stage_id, Outcome("reused"))
+            else:
+                ready.append(stage_id)
+        ready.sort(key=order.__getitem__)
+        while ready and pool.free:
+            stage_id = ready.pop(0)
+            running.add(stage_id)
+            show.started(stages[stage_id])
+            pool.start(stages[stage_id])
+        for stage_id, news in pool.wait(0.2):
+            if isinstance(news, workers.Progress):
+                show.progress(stages[stage_id], news)
+                continue
+            running.discard(stage_id)
+            if news.status == "busy":
+                show.held(stages[stage_id])
+                again[stage_id] = time.time() + 0.5
+            elif news.status == "failed" and tries[stage_id] < planned.config.resources.retries:
+                tries[stage_id] += 1
+                show.retried(stages[stage_id], news)
+                ready.append(stage_id)
+            else:
+                finish(stage_id, news)
+    return outcomes
+
+
+def write_sweep(planned: Planned) -> None:
+    """The sweep's folder: which members there are and where their results lie. What sweeps/ reads, beside the store."""
+    planned.folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "store": os.path.relpath(planned.store.root, planned.folder),
+        "members": [plan.describe(member) for member in planned.graph.members],
+    }
+    temporary = planned.folder / f".sweep.json-{os.getpid()}"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.rename(planned.folder / "sweep.json")
+
+
+def report(planned: Planned) -> None:
+    """Table and figures from the store's records, and W&B."""
+    from sweeps import report
+
+    if not (planned.folder / "sweep.json").exists():
+        write_sweep(planned)
+    report.show(planned.folder)
+    if planned.config.wandb.mode != "disabled":
+        # A process of its own: W&B can be slow or down, and a sweep's results don't wait for it.
+        command = [sys.executable, "-m", "sweeps.wandb_log", str(planned.folder)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        except subprocess.TimeoutExpired:
+            output = ["no answer in 5 minutes"]
+        if output:
+            print(f"W&B     {output[-1]}")
+
+
+def objective(planned: Planned, number: int) -> float | None:
+    """A member's last refined reward: what a search over settings maximises. None before it is known."""
+    evaluations = list(planned.graph.members[number].evaluations.values())
+    record: Mapping[str, Any] | None = planned.store.record(evaluations[-1]) if evaluations else None
+    return None if record is None else record["values"]["refined"]
+
+
+def code() -> dict[str, Any]:
+    """The commit that runs, and whether the working tree differs from it."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        status = git("status", "--porcelain")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    except FileNotFoundError:
+        return {"commit": None, "dirty": None}

@@ -1,0 +1,54 @@
+"""python evolve/main.py [-m] [group=choice ...] [key=value ...]: compose, freeze, plan, run. See conf/config.yaml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Run as a script, Python puts evolve/ itself first on the path, where its modules could shadow others' packages.
+sys.path[0] = str(ROOT)
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from evolve import config, launch  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def member(composed: DictConfig) -> float | None:
+    """One member: the whole command, or a job of one of Hydra's stock launchers."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    alone = job.mode == RunMode.RUN
+    planned = launch.sweep([config.load(composed)], [list(job.overrides.task)], inline=not alone)
+    return launch.objective(planned, 0)
+
+
+def main() -> int:
+    """The exit status: 0 done, 1 a stage failed, 2 the command is wrong, 130 interrupted."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and we print one line
+    try:
+        member()
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except launch.Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not type(error).__module__.startswith(("hydra.", "omegaconf.")):
+            raise
+        print(f"error: {config.one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What a person sees while a sweep is planned and run: on a terminal live bars, elsewhere plain lines."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evolve.store import Stage
+
+if TYPE_CHECKING:
+    from evolve.launch import Planned
+    from evolve.workers import Outcome, Progress
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Show:
+    """The plan, then the run: a context manager around it."""
+
+    def __init__(self, planned: Planned):
+        self.planned = planned
+        self.console = Console(highlight=False)
+        self.live: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._overall: Any = None
+        self._held: set[str] = set()
+        self.new = [stage_id for stage_id, verdict in planned.verdicts.items() if not verdict.reused]
+        self.done = 0
+        self._labels = self._label_all()
+
+    def _label_all(self) -> dict[str, str]:
+        """'iteration 1 train (strategy=chain loss=both)' for every stage."""
+        users: dict[str, list[tuple[str, str]]] = {}
+        for member in self.planned.graph.members:
+            for step in member.steps:
+                users.setdefault(step.stage.id, []).append((step.phase, member.name))
+        everyone = len(self.planned.graph.members)
+        labels = {}
+        for stage_id, found in users.items():
+            members = list(dict.fromkeys(name for _, name in found))
+            if everyone == 1:
+                whose = ""
+            elif len(members) == everyone:
+                whose = " (all)"
+            else:
+                whose = f" ({members[0]})" if len(members) == 1 else f" ({len(members)} members)"
+            labels[stage_id] = f"{found[0][0]} {stage_id.split('/')[0]}{whose}"
+        return labels
+
+    # ---- the plan
+
+    def plan(self, full: bool) -> None:
+        graph = self.planned.graph
+        for warning in self.planned.warnings:
+            self.console.print(f"warning: {warning}", style="yellow")
+        saved = graph.unshared - len(graph.stages)
+        members = len(graph.members)
+        self.console.print(
+            f"plan    {len(graph.stages)} stages for {members} member{'s' * (members > 1)}"
+            + (f" (shared stages save {saved} of {graph.unshared})" if saved else "")
+            + f": {len(graph.stages) - len(self.new)} reused, {len(self.new)} new{self._cost()}"
+        )
+        if full:
+            self._matrix()
+            self._reasons()
+        self.console.print(f"folder  {self.planned.folder}", soft_wrap=True)
+
+    def _cost(self) -> str:
+        expected = [self.planned.verdicts[stage_id].seconds for stage_id in self.new]
+        known = [seconds for seconds in expected if seconds is not None]
+        if not self.new:
+            return ""
+        if not known:
+            return "; no earlier record to tell how long"
+        workers = self.planned.config.resources.workers
+        open_ = len(expected) - len(known)
+        return (
+            f"; about {duration(sum(known))} of work on {workers} worker{'s' * (workers > 1)}, by earlier records"
+            + (f" ({open_} stages without one)" if open_ else "")
+        )
+
+    def _matrix(self) -> None:
+        """Members x phases: how many stages are new, reused, or another member's too."""
+        graph, verdicts = self.planned.graph, self.planned.verdicts
+        phases = list(dict.fromkeys(step.phase for member in graph.members for step in member.steps))
+        table = Table(
+            "member", *phases, title="stages: new + reused, ~ shared with a member above", title_justify="left"
+        )
+        seen: set[str] = set()
+        for member in graph.members:
+            cells = []
+            for phase in phases:
+                here = dict.fromkeys(step.stage.id for step in member.steps if step.phase == phase)
+                count = Counter(
+                    "shared" if stage_id in seen else "reused" if verdicts[stage_id].reused else "new"
+                    for stage_id in here
+                )
+                parts = [
+                    f"{count['new']} new" if count["new"] else "",
+                    f"{count['reused']} reused" if count["reused"] else "",
+                    f"~{count['shared']}" if count["shared"] else "",
+                ]
+                cells.append(" + ".join(part for part in parts if part) or "-")
+            seen |= {step.stage.id for step in member.steps}
+            table.add_row(member.name, *cells)
+        self.console.print(table)
+
+    def _reasons(self) -> None:
+        why = Counter(self.planned.verdicts[stage_id].why for stage_id in self.new)
+        direct = {reason: count for reason, count in why.items() if not reason.startswith("its ")}
+        follow = sum(why.values()) - sum(direct.values())
+        for reason, count in sorted(direct.items(), key=lambda item: -item[1]):
+            self.console.print(f"new     {count:4d}  {reason}", soft_wrap=True)
+        if follow:
+            self.console.print(f"new     {follow:4d}  an input is new")
+
+    # ---- the run
+
+    def __enter__(self) -> Show:
+        self.began = time.time()
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.live.start()
+            self._overall = self.live.add_task("stages", total=len(self.new))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+        self.console.print(f"ran     {self.done} of {len(self.new)} new stages in {duration(time.time() - self.began)}")
+
+    def _line(self, text: str, style: str = "") -> None:
+        clock = "" if self.console.is_terminal else time.strftime("%H:%M:%S ")
+        self.console.print(f"{clock}{text}", style=style, soft_wrap=True)
+
+    def started(self, stage: Stage) -> None:
+        if self.live:
+            self._tasks[stage.id] = self.live.add_task(f"  {self._labels[stage.id]}", total=None)
+
+    def progress(self, stage: Stage, news: Progress) -> None:
+        if self.live and stage.id in self._tasks:
+            self.live.update(self._tasks[stage.id], completed=news.done, total=news.total)
+
+    def _ended(self, stage: Stage) -> None:
+        if self.live and stage.id in self._tasks:
+            self.live.remove_task(self._tasks.pop(stage.id))
+
+    def held(self, stage: Stage) -> None:
+        self._ended(stage)
+        if stage.id not in self._held:
+            self._held.add(stage.id)
+            self._line(f"wait    {self._labels[stage.id]}: another process is building it")
+
+    def retried(self, stage: Stage, outcome: Outcome) -> None:
+        self._ended(stage)
+        self._line(f"again   {self._labels[stage.id]}: {outcome.message}", "yellow")
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        self._ended(stage)
+        if outcome.status == "failed":
+            self._line(f"FAILED  {self._labels[stage.id]}: {outcome.message}", "bold red")
+            if outcome.log:
+                self._line(f"        log: {outcome.log}")
+            return
+        if outcome.status == "blocked":
+            return
+        self.done += 1
+        if self.live:
+            self.live.update(self._overall, advance=1)
+        else:
+            self._line(f"{self.done:4d}/{len(self.new)}  {self._labels[stage.id]}  {outcome.seconds:.1f} s")
+        if stage.kind == "evaluate":
+            self._line(f"result  {self._labels[stage.id].replace(' evaluate', '')}: {self._result(stage)}", "bold")
+
+    def _result(self, stage: Stage) -> str:
+        import json
+
+        metrics = json.loads((self.planned.store.folder(stage.id) / "metrics.json").read_text())
+        first, last = metrics["turns"][0], metrics["turns"][-1]
+        text = f"reward direct {first['reward']['value']:.3f}, refined {last['reward']['value']:.3f}"
+        if first["accuracy"]:
+            text += f"; accuracy direct {first['accuracy']['value']:.1%}, refined {last['accuracy']['value']:.1%}"
+        gain = metrics["gain"]["reward"]
+        if gain["low"] is not None:
+            text += f"; gain {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        return text

@@ -1,0 +1,191 @@
+"""What comes from outside, pinned: weights, chat templates and data sets by content, not by name.
+
+A local folder or file is the hash of its content; a hub id is the commit that its revision resolves to now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from evolve.config import ConfigError, Data, find
+from evolve.data import EMBEDDED_VERSION, DataError, is_file
+from evolve.store import Source, digest, hash_file
+
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+class Resolver:
+    """Finds and pins sources; hashes of big files are kept beside the store, by path, size and time of change.
+
+    `unpinned`: True lets a hub id stand by name where the hub can't be asked, for a plan that is only looked at.
+    """
+
+    def __init__(self, cache: Path | None, unpinned: bool = False):
+        self.cache, self.unpinned = cache, unpinned
+        self._seen: dict[tuple[Any, ...], Source] = {}
+        self.warnings: list[str] = []
+
+    def model(self, path: str, revision: str | None, key: str) -> Source:
+        """Weights in the hub's layout: a local folder, or a hub id. Raises ConfigError."""
+        known = ("model", path, revision)
+        if known not in self._seen:
+            self._seen[known] = self._model(path, revision, key)
+        return self._seen[known]
+
+    def _model(self, path: str, revision: str | None, key: str) -> Source:
+        folder = find(path)
+        if folder is not None and folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"{key}={path}: no config.json in that folder, so no model in the hub's layout")
+            if not any(folder.glob("*.safetensors")):
+                raise ConfigError(f"{key}={path}: no *.safetensors in that folder; other weight formats are not read")
+            files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+            return Source("model", str(folder), digest({file.name: self._hash(file) for file in files}))
+        looks_local = path.count("/") != 1 or path.startswith((".", "/", "~", "weights/", "evolve/", "outputs/"))
+        if looks_local:
+            made = "; python -m evolve.smollm2 makes it" if path == "weights/smollm2_135m" else ""
+            raise ConfigError(f"{key}={path}: no such folder{made}")
+        commit = self._commit("model", path, revision, key)
+        return Source("model", f"{path}@{commit}", commit)
+
+    def data(self, data: Data) -> tuple[Source, Source | None]:
+        """The data set, and the held-out one where it is another file. Raises ConfigError."""
+        return self._data(data.path, data.revision, "data.path"), (
+            self._data(data.eval_path, None, "data.eval_path") if data.eval_path else None
+        )
+
+    def _data(self, path: str, revision: str | None, key: str) -> Source:
+        known = ("data", path, revision)
+        if known not in self._seen:
+            if path == "embedded":
+                self._seen[known] = Source("data", path, f"embedded-{EMBEDDED_VERSION}")
+            elif is_file(path):
+                file = find(path)
+                if file is None:
+                    raise ConfigError(f"{key}={path}: no such file")
+                self._seen[known] = Source("data", str(file), self._hash(file))
+            else:
+                if path.count("/") != 1 or path.startswith((".", "/", "~")):
+                    raise ConfigError(
+                        f"{key}={path}: neither a .jsonl, .jsonl.gz or .json file, nor a hub id (owner/name), "
+                        "nor 'embedded'"
+                    )
+                commit = self._commit("dataset", path, revision, key)
+                self._seen[known] = Source("data", f"{path}@{commit}", commit)
+        return self._seen[known]
+
+    def chat_template(self, path: str | None) -> str | None:
+        """A Jinja file's text. Raises ConfigError."""
+        if path is None:
+            return None
+        file = find(path)
+        if file is None or not file.is_file():
+            raise ConfigError(f"model.chat_template={path}: no such file")
+        return file.read_text(encoding="utf-8")
+
+    def check_rows(self, data: Data, iterations: int, reward_model: bool) -> None:
+        """That a local file has the rows which the splits ask for, before any work. Raises ConfigError."""
+        from evolve.data import _ordered, read
+
+        if data.path == "embedded" or not is_file(data.path):
+            return
+        file = find(data.path)
+        assert file is not None
+        if file.stat().st_size > 100 * 2**20:
+            return  # reading it would take longer than a plan may; the data stages, which come first, say the same
+        known = ("rows", data.path, data.seed, data.max_characters)
+        try:
+            if known not in self._seen:
+                rows, _ = _ordered(read(str(file), data.split), data.seed, data.max_characters)
+                self._seen[known] = Source("rows", "", str(len(rows)))
+        except (DataError, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.path={data.path}: {error}") from None
+        have = int(self._seen[known].digest)
+        wants = {
+            "data.eval_prompts": 0 if data.eval_path else data.eval_prompts,
+            "data.sft_pairs": data.sft_pairs,
+            "data.offline_pairs": data.offline_pairs,
+            f"data.prompts x {iterations} iterations": data.prompts * iterations,
+            "data.reward_model_pairs": data.reward_model_pairs if reward_model else 0,
+        }
+        if sum(wants.values()) > have:
+            parts = " + ".join(f"{name} {count}" for name, count in wants.items() if count)
+            raise ConfigError(
+                f"data.path={data.path}: has {have} usable rows, and {parts} = {sum(wants.values())} are asked"
+            )
+
+    def _hash(self, file: Path) -> str:
+        stat = file.stat()
+        if self.cache is None or stat.st_size < 2**20:
+            return hash_file(file)
+        name = digest([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])[:32]
+        entry = self.cache / f"{name}.json"
+        try:
+            return json.loads(entry.read_text())["sha256"]
+        except (FileNotFoundError, ValueError, KeyError):
+            value = hash_file(file)
+        if not self.unpinned:  # a plan writes nothing
+            self.cache.mkdir(parents=True, exist_ok=True)
+            entry.write_text(json.dumps({"sha256": value, "file": str(file)}))
+        return value
+
+    def _commit(self, kind: str, name: str, revision: str | None, key: str) -> str:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+        for cached in _cached(kind, name, revision):
+            return cached
+        try:
+            return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
+        except RepositoryNotFoundError:
+            raise ConfigError(f"{key}={name}: no such folder here and no such {kind} on the hub") from None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            if self.unpinned:
+                self.warnings.append(f"{key}={name}: the hub can't be reached, so its revision is open")
+                return f"unresolved-{revision or 'main'}"
+            raise ConfigError(
+                f"{key}={name}: not in the local cache, and the hub can't be reached ({type(error).__name__}); "
+                f"give a local folder or file with {key}="
+            ) from None
+
+
+def fetch(source: Source, cache: Path) -> Path:
+    """Where a source's content lies on this machine, downloaded if it is the hub's.
+
+    Raises RuntimeError if a local source has changed since the plan was made.
+    """
+    local = Path(source.path)
+    if local.exists():
+        resolver = Resolver(cache)
+        if source.kind == "model":
+            now = resolver.model(source.path, None, "model.path").digest
+        else:
+            now = resolver._hash(local)
+        if now != source.digest:
+            raise RuntimeError(f"{source.path} has changed since this sweep was started; start it again")
+        return local
+    if source.kind == "model":
+        from huggingface_hub import snapshot_download
+
+        name, _, commit = source.path.partition("@")
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(WEIGHTS)))
+    return local  # data.read asks the hub for it
+
+
+def _cached(kind: str, name: str, revision: str | None) -> Iterator[str]:
+    """The commit of a snapshot that lies in the hub's cache, if we are told to work offline."""
+    import os
+
+    from huggingface_hub import constants
+
+    if not (constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE")):
+        return
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    ref = folder / "refs" / (revision or "main")
+    if ref.is_file():
+        yield ref.read_text().strip()
+    elif revision and (folder / "snapshots" / revision).is_dir():
+        yield revision

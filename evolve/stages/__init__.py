@@ -1,0 +1,76 @@
+"""The kinds of stage, one file each. A stage is a pure function `(typed config, input artefacts) -> one folder`.
+
+Each file has VERSION (raised when the same config would now give something else), Config (what decides its result),
+and `run(config, inputs, out, context) -> Report`, which reads the inputs' folders and writes into `out`. Heavy imports
+stay inside `run`, so that planning needs none.
+
+    data         rows of a data set -> one slice of it                    rows.jsonl
+    reward_model pairs -> a small reward model                            a model's folder
+    activate     model, pairs -> model                   (SFT)            a model's folder, steps.jsonl
+    respond      model, prompts -> answers               (a strategy)     answers.jsonl
+    score        answers -> scores                       (a scorer)       scores.jsonl
+    pair         answers, scores -> pairs                (a filter)       rows.jsonl
+    reference    model, pairs -> log-probabilities                        reference.safetensors
+    train        model, pairs, references -> model       (PT)             a model's folder, steps.jsonl
+    evaluate     answers, scores -> metrics              (a benchmark)    metrics.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from evolve.config import Section
+from evolve.store import Report, Source, Stage
+
+KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage runs: nothing here may change its result. `progress(done, total)` is shown to whoever waits."""
+
+    device: str
+    progress: Callable[[int, int], None]
+
+
+class Module(Protocol):
+    VERSION: int
+
+    class Config(Section): ...
+
+    @staticmethod
+    def run(config: Any, inputs: Mapping[str, Path], out: Path, context: Context) -> Report: ...
+
+
+def module(kind: str) -> Any:
+    """The file of a kind of stage."""
+    return importlib.import_module(f"evolve.stages.{kind}")
+
+
+def stage(kind: str, inputs: Mapping[str, Stage | Source], **config: Any) -> Stage:
+    """A node of the graph, its config checked against the kind's own."""
+    return Stage(kind, module(kind).VERSION, module(kind).Config(**config), inputs)
+
+
+class ModelSettings(Section):
+    """How a model's folder is read."""
+
+    dtype: str
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,35 @@
+"""Activation by SFT [indirect]: -[log pi(y_w|x) + log pi(y_w|x,y_l,z)] on the data set's own pairs [reconstructed]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from evolve.config import Optimiser, Section, SFTWeights, Template
+from evolve.stages import Context, ModelSettings, read_rows, write_rows
+from evolve.store import Report
+
+VERSION = 1
+
+
+class Config(Section):
+    model: ModelSettings
+    checkpoint_dtype: str
+    template: Template
+    loss: SFTWeights
+    optimiser: Optimiser
+    epochs: int
+    learning_rate: float
+    max_length: int
+    max_dropped: float
+    seed: int
+
+
+def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
+    from evolve.stages.train import fit
+    from evolve.trainer import sft_objective
+
+    rows = read_rows(inputs["pairs"] / "rows.jsonl")
+    report, steps = fit(config, sft_objective(config.loss), rows, None, inputs["model"], out, context)
+    write_rows(out / "steps.jsonl", steps)
+    return report

@@ -1,0 +1,58 @@
+"""Log-probabilities of pairs under the reference model, once for every member of a sweep that can use them.
+
+Direct and refinement contexts are stages of their own: members that need the first alone share it with those that need
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from evolve.config import RUNTIME, Section, Template
+from evolve.stages import Context, ModelSettings, read_rows, write_rows
+from evolve.store import Report
+
+VERSION = 1
+
+
+class Config(Section):
+    model: ModelSettings
+    contexts: Literal["direct", "refine"]
+    template: Template
+    max_length: int
+    max_dropped: float
+    micro_batch: Annotated[int, RUNTIME]
+
+
+def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
+    import torch
+    from safetensors.numpy import save_file
+    from transformers import AutoModelForCausalLM
+
+    from evolve import losses, pairs, templates
+
+    names = losses.DIRECT if config.contexts == "direct" else losses.REFINE
+    tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
+    rows = read_rows(inputs["pairs"] / "rows.jsonl")
+    encoded, dropped = pairs.encode(tokenizer, config.template, rows, config.max_length, config.max_dropped)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        inputs["model"], dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
+    model = loaded.to(context.device).eval()
+    bf16 = config.model.dtype == "bfloat16"
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    # The same precision as training's, or the first step would not be at the reference.
+    with torch.inference_mode(), torch.autocast(context.device, torch.bfloat16, enabled=bf16):
+        for first in range(0, len(encoded), config.micro_batch):
+            batch = encoded[first : first + config.micro_batch]
+            padded = pairs.pad([pair.sequences[name] for name in names for pair in batch], tokenizer.pad_token_id)
+            summed = pairs.log_probabilities(model, {key: value.to(context.device) for key, value in padded.items()})
+            for name, values in zip(names, summed.cpu().chunk(len(names)), strict=True):
+                columns[name].append(values)
+            context.progress(first + len(batch), len(encoded))
+    save_file({name: torch.cat(values).numpy() for name, values in columns.items()}, out / "reference.safetensors")
+    write_rows(out / "rows.jsonl", ({"id": pair.id} for pair in encoded))
+    tokens = sum(len(pair.sequences[name].ids) for pair in encoded for name in names)
+    return Report(dropped=dropped, tokens={"read": tokens}, values={"pairs": len(encoded)})

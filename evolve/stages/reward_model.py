@@ -1,0 +1,117 @@
+"""A small reward model, trained on preference pairs by TRL's RewardTrainer: for when no big one fits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from evolve.config import RUNTIME, Section
+from evolve.scorers import RewardModel
+from evolve.stages import Context, ModelSettings, read_rows
+from evolve.store import Report
+
+VERSION = 1
+
+
+class Config(Section):
+    model: ModelSettings
+    checkpoint_dtype: str
+    epochs: int
+    batch_size: int
+    micro_batch: Annotated[int, RUNTIME]
+    learning_rate: float
+    max_length: int
+    max_dropped: float
+    seed: int
+
+
+def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    from evolve import templates
+
+    tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
+    rows = read_rows(inputs["pairs"] / "rows.jsonl")
+    encoded = []
+    for row in rows:
+        pair = {
+            f"{name}_ids": templates.encode(tokenizer, templates.direct(row["prompt"]), row[name]).ids
+            for name in ("chosen", "rejected")
+        }
+        if max(map(len, pair.values())) <= config.max_length:
+            encoded.append(pair)
+    if not encoded or len(rows) - len(encoded) > config.max_dropped * len(rows):
+        raise ValueError(
+            f"{len(rows) - len(encoded)} of {len(rows)} pairs are longer than data.max_length={config.max_length}"
+        )
+    set_seed(config.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        inputs["model"], num_labels=1, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    micro = min(config.micro_batch, config.batch_size)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            context.progress(state.global_step, state.max_steps)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = RewardTrainer(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(encoded),
+            callbacks=[Steps()],
+            args=RewardConfig(
+                output_dir=scratch,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=config.batch_size // micro,
+                num_train_epochs=config.epochs,
+                learning_rate=config.learning_rate,
+                warmup_steps=0.1,
+                max_length=None,
+                bf16=config.model.dtype == "bfloat16",
+                gradient_checkpointing=False,
+                use_cpu=context.device == "cpu",
+                seed=config.seed,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+        )
+        trainer.train()
+    model.to(getattr(torch, config.checkpoint_dtype)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+    # How far it can be believed: the share of held-out pairs that it ranks as the data set does.
+    scorer = RewardModel(
+        out,
+        chat_template=None,
+        trust_remote_code=config.model.trust_remote_code,
+        dtype=config.model.dtype,
+        max_length=config.max_length,
+        batch_size=4 * config.micro_batch,
+        device=context.device,
+    )
+    held_out = read_rows(inputs["held_out"] / "rows.jsonl")
+    scores = scorer(
+        [(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in held_out], context.progress
+    )
+    pairs = zip(scores[: len(held_out)], scores[len(held_out) :], strict=True)
+    known = [(w.value, l_.value) for w, l_ in pairs if w.value is not None and l_.value is not None]
+    accuracy = (
+        sum((better > worse) + 0.5 * (better == worse) for better, worse in known) / len(known) if known else None
+    )
+    return Report(
+        dropped={
+            "longer than max_length": len(rows) - len(encoded),
+            "held-out pairs longer than max_length": len(held_out) - len(known),
+        },
+        tokens={"trained": config.epochs * sum(len(ids) for pair in encoded for ids in pair.values())},
+        values={"pairs": len(encoded), "held_out_pairs": len(known), "held_out_accuracy": accuracy},
+    )

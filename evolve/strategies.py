@@ -1,0 +1,181 @@
+"""How K answers to one prompt are made: parallel, chain, tree, few-shot. Pure functions over requests.
+
+A strategy is a generator for one prompt: it yields the asks that can be made now, is sent their answers, and goes on.
+It knows nothing of engines or batches; `run` feeds any number of strategies from one engine, and a prompt's next turn
+starts as soon as the engine has its last one, whatever the others do.
+
+Every strategy makes the same number of answers, so that comparisons spend equal budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from evolve.config import Strategy
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer wanted: to the prompt alone, or given earlier answers (by their index)."""
+
+    given: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its text, the answers it saw, its turn (1 = direct), its length in tokens, how it ended.
+
+    end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (its prompt left no room: not made).
+    """
+
+    text: str
+    given: tuple[int, ...]
+    turn: int
+    tokens: int
+    end: str
+
+
+Script = Generator[list[Ask], list[Answer], None]
+Scorer = Callable[[Answer], float]
+
+
+def parallel(strategy: Strategy, score: Scorer) -> Script:
+    """y_k ~ pi(.|x), independent. [paper]"""
+    yield [Ask() for _ in range(strategy.answers)]
+
+
+def chain(strategy: Strategy, score: Scorer) -> Script:
+    """y_1 ~ pi(.|x); y_{k+1} ~ pi(.|x, y_k, z). [paper: each turn sees the prompt and the turn before]"""
+    yield [Ask()]
+    for last in range(strategy.answers - 1):
+        yield [Ask((last,))]
+
+
+def few_shot(strategy: Strategy, score: Scorer) -> Script:
+    """y_{k+1} ~ pi(.|x, y_1..y_k, z): all earlier answers in the context. [reconstructed]"""
+    yield [Ask()]
+    for last in range(strategy.answers - 1):
+        yield [Ask(tuple(range(last + 1)))]
+
+
+def tree(strategy: Strategy, score: Scorer) -> Script:
+    """Several refinements of a node; the best node so far, or each in turn, is refined next. [reconstructed]
+
+    A node is expanded once, so with branching b and expand=best: the direct answer, b refinements of it, then b of the
+    best of the answers not yet refined, until `answers` are made.
+    """
+    answers = yield [Ask()]
+    made: list[Answer] = list(answers)
+    scores = [score(answer) for answer in made] if strategy.expand == "best" else [0.0]
+    waiting = [0]
+    branching = strategy.branching or 1
+    while len(made) < strategy.answers:
+        node = max(waiting, key=scores.__getitem__)  # the earlier of equals
+        waiting.remove(node)
+        width = min(branching, strategy.answers - len(made))
+        answers = yield [Ask((node,)) for _ in range(width)]
+        waiting += range(len(made), len(made) + width)
+        made += answers
+        scores += [score(answer) for answer in answers] if strategy.expand == "best" else [0.0] * width
+
+
+STRATEGIES: dict[str, Callable[[Strategy, Scorer], Script]] = {
+    "parallel": parallel,
+    "chain": chain,
+    "tree": tree,
+    "few_shot": few_shot,
+}
+
+
+def seed(base: int, prompt: str, sample: int) -> int:
+    """A seed that goes with (run seed, prompt, which of its answers), so results don't depend on batch or order.
+
+    The first answer has the same seed under every strategy: comparisons start from common random numbers.
+    """
+    text = f"{base}\x00{sample}\x00{prompt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked: `key` = (prompt's index, answer's index), the answers to show, and the seed."""
+
+    key: tuple[int, int]
+    prompt: str
+    earlier: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine gives back."""
+
+    key: tuple[int, int]
+    text: str
+    tokens: int
+    end: str  # as Answer.end
+
+
+def run(
+    strategy: Strategy,
+    prompts: Sequence[str],
+    base_seed: int,
+    submit: Callable[[list[Request]], None],
+    poll: Callable[[], Iterable[Completion]],
+    score: Callable[[str, str], float] | None = None,
+) -> Iterator[tuple[int, list[Answer]]]:
+    """Runs the strategy on each prompt; yields (prompt's index, its answers in the order they were asked) when done.
+
+    Args:
+        submit, poll: an engine's: hand over requests; wait for some completions (none: nothing is under way).
+        score: (prompt, answer) -> score, for a strategy that looks at scores on the way.
+    """
+    scripts: list[Script] = []
+    made: list[list[Answer]] = [[] for _ in prompts]
+    pending: list[dict[int, Ask]] = [{} for _ in prompts]
+    arrived: list[dict[int, Answer]] = [{} for _ in prompts]
+
+    def ask(index: int, asks: list[Ask]) -> list[Request]:
+        first = len(made[index])
+        pending[index] = {first + offset: wanted for offset, wanted in enumerate(asks)}
+        prompt = prompts[index]
+        return [
+            Request(
+                (index, number),
+                prompt,
+                tuple(made[index][given].text for given in wanted.given),
+                seed(base_seed, prompt, number),
+            )
+            for number, wanted in pending[index].items()
+        ]
+
+    opening: list[Request] = []
+    for index, prompt in enumerate(prompts):
+        judge = (lambda answer, prompt=prompt: score(prompt, answer.text)) if score else _unscored
+        scripts.append(STRATEGIES[strategy.name](strategy, judge))
+        opening += ask(index, next(scripts[index]))
+    submit(opening)
+    while completions := list(poll()):
+        following: list[Request] = []
+        for completion in completions:
+            index, number = completion.key
+            given = pending[index][number].given
+            turn = 1 + max((made[index][earlier].turn for earlier in given), default=0)
+            arrived[index][number] = Answer(completion.text, given, turn, completion.tokens, completion.end)
+            if len(arrived[index]) < len(pending[index]):
+                continue
+            answers = [arrived[index][number] for number in sorted(arrived[index])]
+            made[index] += answers
+            arrived[index] = {}
+            try:
+                following += ask(index, scripts[index].send(answers))
+            except StopIteration:
+                yield index, made[index]
+        if following:
+            submit(following)
+
+
+def _unscored(answer: Answer) -> float:
+    raise ValueError("strategy.expand=best looks at scores on the way, and no scorer was given")

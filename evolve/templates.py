@@ -1,0 +1,95 @@
+"""Text to tokens, in one place: messages -> ids, and where the answer in them starts.
+
+Training, generation, reward models and judges all come through here, so that a prompt is the same tokens everywhere:
+the tokenizer's chat template decides the layout, there is exactly one BOS, and nothing is ever cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evolve.config import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt and its answer; `ids[answer:]` are the answer's, with the token that ends it."""
+
+    ids: list[int]
+    answer: int
+
+
+def load_tokenizer(path: Path | str, chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """A model's tokenizer with a chat template and a pad token.
+
+    Raises ValueError if it has no chat template and none is given.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path}: its tokenizer has no chat template; set model.chat_template=FILE.jinja")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def direct(prompt: str) -> Messages:
+    """x: the prompt as the user's turn."""
+    return [{"role": "user", "content": prompt}]
+
+
+def refine(template: Template, prompt: str, answers: Sequence[str]) -> Messages:
+    """(x, y, z): one user turn that shows the prompt and earlier answers, and asks for a better one."""
+    fields = {"prompt": prompt, "response": template.separator.join(answers)}
+    # One pass, so that a prompt or answer which itself says "{response}" is left as it is.
+    text = re.sub(r"\{(prompt|response)\}", lambda match: fields[match[1]], template.text)
+    return direct(text.strip())
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids up to where the answer starts."""
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    _check_bos(tokenizer, ids)
+    return ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str, finished: bool = True) -> Encoded:
+    """Ids of a prompt and its answer; the end token is part of the answer if the answer was finished.
+
+    Raises ValueError if the chat template lays a prompt out differently once an answer follows.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    whole: Any = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": answer}], tokenize=True, return_dict=False
+    )
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            "the chat template changes the prompt's tokens when an answer follows, so what is trained would not be "
+            "what is generated; set model.chat_template to one that doesn't"
+        )
+    answer_ids = whole[len(prompt) :]
+    end = tokenizer.eos_token_id
+    if end in answer_ids:  # many templates write a newline behind it; a model never does
+        cut = len(answer_ids) - 1 - answer_ids[::-1].index(end)
+        answer_ids = answer_ids[: cut + 1] if finished else answer_ids[:cut]
+    return Encoded(prompt + answer_ids, len(prompt))
+
+
+def _check_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None or bos not in ids:
+        return  # Qwen's have none, by design
+    if ids[0] != bos or ids[1:2] == [bos]:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the chat template gives {ids[:3]}..., where one BOS ({bos}) belongs"
+        )

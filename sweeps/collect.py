@@ -1,0 +1,85 @@
+"""A sweep's folder and the store's records -> members with their measurements. Reads records only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolve.store import Corrupt, Store
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One benchmark of one model: the phase it stands after, its metrics, and the record they come from."""
+
+    phase: str
+    id: str
+    metrics: dict[str, Any]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """A member and what has been measured of it so far; `missing` names the phases that have not been."""
+
+    name: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    steps: list[dict[str, str]]
+    measurements: list[Measurement]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    folder: Path
+    store: Store
+    members: list[MemberResult]
+
+    @property
+    def phases(self) -> list[str]:
+        """Every phase that some member measures, in the order of the longest run."""
+        longest = max(self.members, key=lambda member: len(member.measurements) + len(member.missing))
+        order = [step["phase"] for step in longest.steps if step["kind"] == "evaluate"]
+        for member in self.members:
+            order += [step["phase"] for step in member.steps if step["kind"] == "evaluate"]
+        return list(dict.fromkeys(order))
+
+
+def load(folder: Path) -> Sweep:
+    """Raises FileNotFoundError with a line of its own where no sweep has been started in `folder`."""
+    try:
+        content = json.loads((folder / "sweep.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: no sweep.json, so no sweep's folder; outputs/sweeps/ has them") from None
+    store = Store((folder / content["store"]).resolve())
+    known: dict[str, Measurement | None] = {}
+    members = []
+    for member in content["members"]:
+        found, missing = [], []
+        for step in member["steps"]:
+            if step["kind"] != "evaluate":
+                continue
+            if step["id"] not in known:
+                known[step["id"]] = _measurement(store, step)
+            if measurement := known[step["id"]]:
+                found.append(Measurement(step["phase"], measurement.id, measurement.metrics, measurement.record))
+            else:
+                missing.append(step["phase"])
+        members.append(
+            MemberResult(member["name"], member["config"], member["identity"], member["steps"], found, missing)
+        )
+    return Sweep(folder, store, members)
+
+
+def _measurement(store: Store, step: dict[str, str]) -> Measurement | None:
+    try:
+        record = store.read(step["id"])
+    except Corrupt:
+        return None
+    if record is None:
+        return None
+    metrics = json.loads((store.folder(step["id"]) / "metrics.json").read_text())
+    return Measurement(step["phase"], step["id"], metrics, record)

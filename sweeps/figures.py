@@ -1,0 +1,136 @@
+"""Figures of a sweep as PNG: reward over iterations, and reward over a chain's turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from sweeps.collect import Sweep
+
+# Okabe and Ito's colours: apart for the colour-blind too; markers tell them apart in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+SHORT = {"base": "base", "sft": "SFT", "offline": "offline"}
+
+
+def _errors(estimates: Sequence[dict[str, Any]]) -> list[list[float]]:
+    low = [e["value"] - (e["value"] if e["low"] is None else e["low"]) for e in estimates]
+    high = [(e["value"] if e["high"] is None else e["high"]) - e["value"] for e in estimates]
+    return [low, high]
+
+
+def _short(phase: str) -> str:
+    return SHORT.get(phase, phase.replace("iteration ", "it "))
+
+
+def over_iterations(sweep: Sweep, metric: str, plt: Any) -> Any | None:
+    """Refined (solid) and direct (dashed) answers after each phase, a colour for each member."""
+    fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    place = {phase: number for number, phase in enumerate(sweep.phases)}
+    width = len(sweep.members)
+    drawn = False
+    for number, (member, colour, marker) in enumerate(zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False)):
+        shift = (number - (width - 1) / 2) * min(0.06, 0.5 / width)  # so that intervals don't hide one another
+        for turn, style in ((-1, "-"), (0, "--")):
+            found = [(m.phase, m.metrics["turns"][turn][metric]) for m in member.measurements]
+            found = [(phase, estimate) for phase, estimate in found if estimate]
+            if not found or (turn == 0 and len(member.measurements[0].metrics["turns"]) == 1):
+                continue
+            drawn = True
+            ax.errorbar(
+                [place[phase] + shift for phase, _ in found],
+                [estimate["value"] for _, estimate in found],
+                yerr=_errors([estimate for _, estimate in found]),
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linestyle=style,
+                linewidth=1.6 if turn else 1.0,
+                elinewidth=0.8,
+                label=member.name if turn else None,
+            )
+    if not drawn:
+        plt.close(fig)
+        return None
+    ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
+    ax.set_ylabel({"reward": "mean reward", "accuracy": "accuracy"}[metric])
+    ax.set_title("after each stage: refined answers solid, direct answers dashed; bars: 95 % intervals", fontsize=9)
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return fig
+
+
+def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
+    """The refinement curve (Figure 1's axes) of every phase, a panel for each member."""
+    members = [member for member in sweep.members if member.measurements]
+    if not members or len(members[0].measurements[0].metrics["turns"]) < 2:
+        return None
+    columns = min(3, len(members))
+    rows = -(-len(members) // columns)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(3.4 * columns + 1.2, 2.9 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    handles: dict[str, Any] = {}
+    for ax, member in zip(axes.flat, members, strict=False):
+        for phase, colour, marker in zip(sweep.phases, cycle(COLOURS), cycle(MARKERS), strict=False):
+            for measurement in member.measurements:
+                if measurement.phase != phase:
+                    continue
+                turns = [turn for turn in measurement.metrics["turns"] if turn[metric]]
+                if turns:
+                    estimates = [turn[metric] for turn in turns]
+                    handles[phase] = ax.errorbar(
+                        [turn["turn"] for turn in turns],
+                        [estimate["value"] for estimate in estimates],
+                        yerr=_errors(estimates),
+                        color=colour,
+                        marker=marker,
+                        markersize=4,
+                        linewidth=1.3,
+                        elinewidth=0.8,
+                    )
+        ax.set_title(member.name, fontsize=9)
+        ax.grid(alpha=0.25)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in list(axes.flat)[len(members) :]:
+        ax.set_visible(False)
+    if not handles:
+        plt.close(fig)
+        return None
+    fig.supxlabel("turn (1: direct answer)", fontsize=9)
+    fig.supylabel({"reward": "mean reward", "accuracy": "accuracy"}[metric], fontsize=9)
+    fig.legend(
+        list(handles.values()),
+        [_short(phase) for phase in handles],
+        loc="outside right center",
+        fontsize=8,
+        frameon=False,
+    )
+    return fig
+
+
+def write(sweep: Sweep) -> list[Path]:
+    """Draws every figure that the sweep has numbers for; returns their files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    written = []
+    for name, draw in (("iterations", over_iterations), ("turns", over_turns)):
+        for metric in ("reward", "accuracy"):
+            figure = draw(sweep, metric, plt)
+            if figure is not None:
+                path = sweep.folder / f"{name}-{metric}.png"
+                figure.savefig(path, dpi=130)
+                plt.close(figure)
+                written.append(path)
+    return written

@@ -1,0 +1,118 @@
+"""python -m sweeps.wandb_log FOLDER: one W&B run for each member of a sweep, grouped by the sweep.
+
+A run's id is derived from the member's identity, so that the same member is the same run wherever it is logged from,
+and a resumed sweep continues it: what has been logged is noted in the folder and not logged twice. Offline runs lie in
+FOLDER/wandb for `wandb sync`. No key is read or written here; W&B finds its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from evolve.store import digest
+from sweeps import collect
+from sweeps.collect import MemberResult, Sweep
+
+
+def run_id(member: MemberResult) -> str:
+    return digest(member.identity)[:16]
+
+
+def mode(wanted: str) -> Any:
+    """online where a key is set up, else offline, unless told."""
+    import wandb
+
+    return wanted if wanted != "auto" else ("online" if wandb.api.api_key else "offline")
+
+
+def log(sweep: Sweep) -> tuple[int, str]:
+    """Logs what has not been logged; returns how many runs were touched, and the mode."""
+    import wandb
+
+    how = mode(sweep.members[0].config["wandb"]["mode"])
+    touched = 0
+    for member in sweep.members:
+        marker = sweep.folder / "wandb" / f"{run_id(member)}-{how}.json"
+        done = set(json.loads(marker.read_text())) if marker.exists() else set()
+        fresh = [m for m in member.measurements if f"{m.phase} {m.id}" not in done]
+        if not fresh:
+            continue
+        touched += 1
+        settings = member.config["wandb"]
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project=settings["project"],
+            entity=settings["entity"],
+            id=run_id(member),
+            resume="allow",
+            name=member.name,
+            group=sweep.folder.name,
+            tags=[member.config[section]["name"] for section in ("model", "data", "strategy", "loss")],
+            config={key: value for key, value in member.config.items() if key not in ("wandb", "output", "dry_run")},
+            mode=how,
+            dir=sweep.folder,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        run.define_metric("phase")
+        run.define_metric("*", step_metric="phase")
+        order = {phase: number for number, phase in enumerate(sweep.phases)}
+        for measurement in fresh:
+            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics)})
+        run.log({"by turn": _table(wandb, member), "phase": order[fresh[-1].phase]})
+        run.finish()
+        marker.write_text(json.dumps(sorted(done | {f"{m.phase} {m.id}" for m in fresh})))
+    return touched, how
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    turns = metrics["turns"]
+    for name in ("reward", "accuracy"):
+        for kind, estimate in (
+            ("direct", turns[0][name]),
+            ("refined", turns[-1][name]),
+            ("gain", metrics["gain"][name]),
+        ):
+            if estimate is not None:
+                found |= {f"{name}/{kind}": estimate["value"]}
+                if estimate["low"] is not None:
+                    found |= {f"{name}/{kind}_low": estimate["low"], f"{name}/{kind}_high": estimate["high"]}
+    return found
+
+
+def _table(wandb: Any, member: MemberResult) -> Any:
+    table = wandb.Table(columns=["phase", "turn", "metric", "value", "low", "high", "n", "protocol", "record"])
+    for measurement in member.measurements:
+        for turn in measurement.metrics["turns"]:
+            for name in ("reward", "accuracy"):
+                if estimate := turn[name]:
+                    numbers = [estimate[key] for key in ("value", "low", "high", "n")]
+                    table.add_data(
+                        measurement.phase, turn["turn"], name, *numbers, measurement.metrics["protocol"], measurement.id
+                    )
+    return table
+
+
+def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        return 0 if {"-h", "--help"} & set(sys.argv) else 2
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        sweep = collect.load(Path(sys.argv[1]).absolute())
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    touched, how = log(sweep)
+    if touched:
+        where = f"; wandb sync {sweep.folder}/wandb/offline-* sends them" if how == "offline" else ""
+        print(f"{touched} runs logged {how}, group {sweep.folder.name}{where}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
