@@ -51,7 +51,8 @@ class Planned:
         """Of the sweep: named by what is in it, so that the same command finds it again."""
         described = [plan.describe(member) for member in self.graph.members]
         keys = sorted({word.split("=")[0].split("/")[-1] for member in described for word in member["name"].split()})
-        name = "-".join(keys)[:48] or "run"
+        one = f"{self.config.model.name}-{self.config.strategy.name}-{self.config.loss.name}"
+        name = "-".join(keys)[:48] if len(described) > 1 else one
         return self.store.root.parent / "sweeps" / f"{name}-{digest([member['steps'] for member in described])[:8]}"
 
 

@@ -21,7 +21,7 @@ from evolve.store import Corrupt, Source, Stage, Store, flatten, settings
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in its place in a member: `phase` is base, sft, offline, or iteration 1, 2, ..."""
+    """A stage in its place in a member: `phase` is setup, base, sft, offline, or iteration 1, 2, ..."""
 
     phase: str
     stage: Stage
@@ -96,7 +96,7 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
             max_characters=data.max_characters,
         )
 
-    held_out = add("data", rows("eval", 0, data.eval_prompts))
+    held_out = add("setup", rows("eval", 0, data.eval_prompts))
     after_offline = data.sft_pairs + data.offline_pairs
 
     # Who scores
@@ -109,10 +109,10 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
             pairs = rows("pairs", after_offline if embedded else -data.reward_model_pairs, data.reward_model_pairs)
             judged = rows("pairs", after_offline + data.reward_model_pairs, data.eval_prompts) if embedded else held_out
             reward_model = add(
-                "data",
+                "setup",
                 stage(
                     "reward_model",
-                    {"model": base, "pairs": add("data", pairs), "held_out": add("data", judged)},
+                    {"model": base, "pairs": add("setup", pairs), "held_out": add("setup", judged)},
                     model=read,
                     checkpoint_dtype=config.model.checkpoint_dtype,
                     epochs=config.reward_model.epochs,
@@ -197,7 +197,7 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
     }
 
     if loss.sft is not None:
-        pairs = add("data", rows("pairs", 0, data.sft_pairs))
+        pairs = add("setup", rows("pairs", 0, data.sft_pairs))
         policy = add(
             "sft",
             stage(
@@ -250,14 +250,14 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
 
     if loss.preference is not None:
         if data.offline_pairs:
-            pairs = add("data", rows("pairs", data.sft_pairs, data.offline_pairs))
+            pairs = add("setup", rows("pairs", data.sft_pairs, data.offline_pairs))
             policy = train("offline", policy, policy, {"0": pairs})
             evaluate("offline", policy)
         so_far: dict[str, Stage] = {}
         for turn in range(1, config.iteration.count + 1):
             phase = f"iteration {turn}"
             first = (turn - 1) * data.prompts + (0 if data.path == "embedded" else after_offline)
-            prompts = add("data", rows("prompts", first, data.prompts))
+            prompts = add("setup", rows("prompts", first, data.prompts))
             answers = respond(phase, policy, prompts, chain, config.sampling, config.seed)
             inputs = {"answers": answers}
             if config.filter.scorer != "none":
@@ -339,14 +339,12 @@ def _expected(node: Stage, peers: Sequence[Mapping[str, Any]]) -> float | None:
 
 def names(configs: Sequence[Config], overrides: Iterable[Sequence[str]]) -> list[str]:
     """Names of members: what differs between them, as it was written on the command line."""
+    if len(configs) == 1:
+        return [f"strategy={configs[0].strategy.name} loss={configs[0].loss.name}"]
     beside = ("dry_run", "output", "wandb", "resources", "hydra")  # settings that change no number
     lists = [[item for item in items if not item.lstrip("+~").startswith(beside)] for items in overrides]
-    common = set(lists[0]).intersection(*lists[1:]) if len(lists) > 1 else set()
-    found = [" ".join(item for item in items if item not in common) for items in lists]
-    return [
-        name or f"strategy={config.strategy.name} loss={config.loss.name}"
-        for name, config in zip(found, configs, strict=True)
-    ]
+    common = set(lists[0]).intersection(*lists[1:])
+    return [" ".join(item for item in items if item not in common) or "as composed" for items in lists]
 
 
 def describe(member: Member) -> dict[str, Any]:

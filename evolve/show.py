@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from evolve.workers import Outcome, Progress
 
 
+def console() -> Console:
+    """A terminal's own width; where there is none (a log, a pipe), room enough for a table's row on one line."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=160)
+
+
 def duration(seconds: float) -> str:
     """75 -> '1 min 15 s'."""
     if seconds < 60:
@@ -29,7 +35,7 @@ class Show:
 
     def __init__(self, planned: Planned):
         self.planned = planned
-        self.console = Console(highlight=False)
+        self.console = console()
         self.live: Any = None
         self._tasks: dict[str, Any] = {}
         self._overall: Any = None

@@ -1,4 +1,27 @@
-"""DRAFT docstring, rewritten below once the numbers are fixed."""
+"""The embedded world: a ledger task and a tiny Llama, trained from scratch, on which a second look can do more than a first.
+
+The task. A prompt is seven movements x, digits modulo 4 such as "3 0 1 2 0 1 2"; the response is the eight balances y that
+lead to 0: y[0] = sum(x), y[i+1] = y[i] - x[i], so that y[7] = 0 (all modulo 4). A shallow network that answers directly must
+name the start before it has summed anything: it guesses, and about one direct answer in four is exact (mean reward 0.75), a
+ceiling that no training here lifts. But it walks rightly from its guess, and the leftover y[7] then tells by how much the
+start was off: a model that sees the earlier answer need only write start - leftover and walk again. So a refinement can be exact where a
+direct answer cannot. `reward` grades an answer by rule, with no reward model.
+
+The world is BUILT so. Pre-training first teaches the refinement skill, then buries it under habits that make it show as
+little in the base as in an untrained language model (Figure 1 of the paper): so the skill is latent by construction, and what
+is measured here shows that the harness measures activation, retention and their synergy where there are any; it says nothing
+about whether the paper is right about language models.
+
+Pre-training (fresh data each step, none from the "test" part). Each step has 48 sequences `<s> x <a> y </s>`, with the start
+right with probability 0.45 and else any, and 128 refinement sequences, a third of them in each template's labels, with loss on
+the last answer only; 1 % of the balances are miswritten. Clean phase (100 to 250 steps, until the start's loss is below
+0.25 nats): one earlier answer with any start, and the right answer after it. Final phase (400 steps): one earlier answer
+(five steps of eight) or two, three or four (a step of eight each), each the edit of the one before: a flawed one is copied
+(55 %), put right (18 %) or replaced by an answer with any start (27 %); a right one is kept (25 %) or replaced by one with a
+wrong start (75 %). These shares balance, so that the base neither gains nor loses much over turns.
+
+The teacher of the preference rows (`rows`) has the right start with probability 0.45 and miswrites 3 % of its balances.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +35,8 @@ from functools import lru_cache
 from pathlib import Path
 
 BASE = 4  # movements and balances are digits 0..3, all sums modulo 4
-MOVES = (
-    7  # movements in a prompt: 4**7 = 16,384 distinct prompts (six would give 4,096, too few to keep the parts apart)
-)
+# 4**7 = 16,384 distinct prompts; six movements would give 4,096, too few to keep the parts apart.
+MOVES = 7  # movements in a prompt
 BALANCES = MOVES + 1  # balances in a response
 # The capital words of the three refinement templates, in the order (before the prompt, before each earlier answer, at the
 # end); each is one token, and all other text of a template is dropped by the pre-tokenizer.
@@ -56,6 +78,7 @@ DRAFTS = (1, 1, 1, 1, 1, 2, 3, 4)
 
 
 def _labels() -> list[str]:
+    """The nine label words, each one token."""
     return [label for triple in LABELS for label in triple]
 
 
@@ -161,7 +184,8 @@ def reward(prompt: str, response: str) -> tuple[float, bool]:
     """The grade in [0, 1] of a response, and whether it is exact (grade 1.0 if and only if exact).
 
     With `held` of the MOVES steps y[i+1] = y[i] - x[i] (mod 4) true and `off` in {0, 1, 2} the closing balance's circular
-    distance from 0: if every step holds, 1 - off / 4 (1, 0.75 or 0.5); if not, held / (2 MOVES), always below 0.5. Anything that is not
+    distance from 0: if every step holds, 1 - off / 4 (1, 0.75 or 0.5); if not,
+    held / (2 MOVES), always below 0.5. Anything that is not
     BALANCES digits 0..3 apart by white space gets 0.0.
     """
     # The closing counts only where an unbroken walk led to it. A grade that added the two up paid for writing 0 last whatever
@@ -223,7 +247,7 @@ def pretrain(out: Path, seed: int = 0) -> dict:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.05,
-        # Sequences are at most 51 tokens long; with the usual 10,000 the positions are told apart later in training.
+        # Sequences are at most 56 tokens long; with the usual 10,000 the positions are told apart later in training.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         pad_token_id=ids["<pad>"],
         bos_token_id=ids["<s>"],

@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from evolve.show import console as make_console
 from sweeps import collect, figures, tables
 
 
 def show(folder: Path) -> None:
     """Prints the table, writes table.md, table.csv and the figures into the folder, and says where they lie."""
     sweep = collect.load(folder)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = make_console()
     if not any(member.measurements for member in sweep.members):
         console.print("nothing has been measured yet, so there is no table")
         return
