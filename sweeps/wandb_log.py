@@ -15,7 +15,7 @@ from typing import Any
 
 from evolve.store import digest
 from sweeps import collect
-from sweeps.collect import MemberResult, Sweep
+from sweeps.collect import Measurement, MemberResult, Sweep
 
 
 def run_id(member: MemberResult) -> str:
@@ -29,21 +29,30 @@ def mode(wanted: str) -> Any:
     return wanted if wanted != "auto" else ("online" if wandb.api.api_key else "offline")
 
 
+def _marker(sweep: Sweep, member: MemberResult) -> Path:
+    return sweep.folder / "wandb" / f"{run_id(member)}.json"
+
+
+def pending(sweep: Sweep) -> list[tuple[MemberResult, list[Measurement]]]:
+    """Members with measurements that have not been logged from this folder."""
+    found = []
+    for member in sweep.members:
+        marker = _marker(sweep, member)
+        done = set(json.loads(marker.read_text())) if marker.exists() else set()
+        if fresh := [m for m in member.measurements if f"{m.phase} {m.id}" not in done]:
+            found.append((member, fresh))
+    return found
+
+
 def log(sweep: Sweep) -> tuple[int, str]:
     """Logs what has not been logged; returns how many runs were touched, and the mode."""
     import wandb
 
     how = mode(sweep.members[0].config["wandb"]["mode"])
-    touched = 0
-    for member in sweep.members:
-        marker = sweep.folder / "wandb" / f"{run_id(member)}-{how}.json"
-        done = set(json.loads(marker.read_text())) if marker.exists() else set()
-        fresh = [m for m in member.measurements if f"{m.phase} {m.id}" not in done]
-        if not fresh:
-            continue
-        touched += 1
+    waiting = pending(sweep) if how != "disabled" else []
+    for member, fresh in waiting:
         settings = member.config["wandb"]
-        marker.parent.mkdir(parents=True, exist_ok=True)
+        (sweep.folder / "wandb").mkdir(exist_ok=True)
         run = wandb.init(
             project=settings["project"],
             entity=settings["entity"],
@@ -64,8 +73,8 @@ def log(sweep: Sweep) -> tuple[int, str]:
             run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics)})
         run.log({"by turn": _table(wandb, member), "phase": order[fresh[-1].phase]})
         run.finish()
-        marker.write_text(json.dumps(sorted(done | {f"{m.phase} {m.id}" for m in fresh})))
-    return touched, how
+        _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
+    return len(waiting), how
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,66 @@
+"""What several files of tests share: no network, the same examples on every run, a template, and a tiny model."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, settings
+
+from evolve.config import CONF, ROOT, Template
+
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # Fixtures here are read-only, so that examples can share them.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The base model that comes with the project."""
+    return ROOT / "evolve" / "embedded"
+
+
+@pytest.fixture(scope="session")
+def template() -> Template:
+    return Template(**yaml.safe_load((CONF / "template" / "rewrite.yaml").read_text()))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random Llama with the world's tokenizer; its large weights make every answer's probabilities far from equal."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from evolve import world
+
+    tokenizer = world.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

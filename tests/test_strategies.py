@@ -1,0 +1,162 @@
+"""Strategies through `run`, with a fake engine whose answer to a request is a pure function of the request."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve import strategies
+from evolve.config import Strategy
+from evolve.strategies import Completion
+
+NAMES = tuple(strategies.STRATEGIES)
+settings = st.builds(
+    Strategy,
+    name=st.sampled_from(NAMES),
+    answers=st.integers(1, 12),
+    branching=st.integers(1, 5),
+    expand=st.sampled_from(["best", "every"]),
+)
+
+
+class Echo:
+    """Answers "prompt|earlier|...#seed"; gives answers back a few at a time, in an order drawn from `chaos`."""
+
+    def __init__(self, chaos=0):
+        self.random = random.Random(chaos)
+        self.waiting, self.seen = [], []
+
+    def submit(self, requests):
+        self.seen += requests
+        self.waiting += requests
+
+    def poll(self):
+        if not self.waiting:
+            return []
+        self.random.shuffle(self.waiting)
+        size = self.random.randint(1, len(self.waiting))
+        done, self.waiting = self.waiting[:size], self.waiting[size:]
+        return [
+            Completion(item.key, f"{'|'.join((item.prompt, *item.earlier))}#{item.seed % 997}", 1, "stop")
+            for item in done
+        ]
+
+
+def by_text(prompt, answer):
+    """A score that any two answers are told apart by, and that has nothing to do with their order."""
+    return random.Random(answer).random()
+
+
+def answers_of(strategy, prompts=("p",), base=0, chaos=0):
+    engine = Echo(chaos)
+    found = list(strategies.run(strategy, prompts, base, engine.submit, engine.poll, by_text))
+    assert len(dict(found)) == len(found) == len(prompts)
+    return dict(found), engine
+
+
+def made(name, answers, branching=None, expand=None):
+    strategy = Strategy(name=name, answers=answers, branching=branching, expand=expand)
+    return answers_of(strategy)[0][0]
+
+
+@given(settings, st.integers(0, 2**32))
+def test_every_strategy_makes_exactly_its_answers(strategy, chaos):
+    prompts = ["p", "q", "r"]
+    found, engine = answers_of(strategy, prompts, chaos=chaos)
+    assert Counter(request.prompt for request in engine.seen) == dict.fromkeys(prompts, strategy.answers)
+    for index, answers in found.items():
+        assert len(answers) == strategy.answers
+        assert answers[0].given == ()
+        assert answers[0].turn == 1
+        for number, answer in enumerate(answers):
+            assert all(earlier < number for earlier in answer.given)
+            # What the engine was shown is what the answer says it saw.
+            shown = "|".join([prompts[index], *(answers[earlier].text for earlier in answer.given)])
+            assert answer.text.startswith(f"{shown}#")
+            assert answer.turn == 1 + max((answers[earlier].turn for earlier in answer.given), default=0)
+
+
+@given(settings, st.lists(st.text(max_size=5), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_neither_order_nor_company_changes_an_answer(strategy, prompts, chaos):
+    together, _ = answers_of(strategy, prompts, chaos=chaos)
+    for index, prompt in enumerate(prompts):
+        alone, _ = answers_of(strategy, [prompt])
+        assert together[index] == alone[0]
+
+
+@given(settings, settings, st.integers(0, 9), st.text(max_size=8))
+def test_seeds_are_of_base_prompt_and_answer(one, other, base, prompt):
+    def seeds(strategy, prompts):
+        _, engine = answers_of(strategy, prompts, base)
+        return {request.key[1]: request.seed for request in engine.seen if request.prompt == prompt}
+
+    first, second = seeds(one, [prompt]), seeds(other, [prompt + "x", prompt])
+    shared = first.keys() & second.keys()
+    assert 0 in shared
+    assert all(first[number] == second[number] for number in shared)
+    assert len(set(first.values())) == len(first)
+    assert all(0 <= seed < 2**63 for seed in first.values())
+    assert strategies.seed(base, prompt, 0) != strategies.seed(base + 1, prompt, 0)
+
+
+@pytest.mark.parametrize("answers", [1, 2, 5])
+def test_parallel_sees_nothing(answers):
+    assert [(answer.given, answer.turn) for answer in made("parallel", answers)] == [((), 1)] * answers
+
+
+@pytest.mark.parametrize("answers", [1, 2, 5])
+def test_chain_sees_just_the_one_before(answers):
+    expected = [((), 1), *(((number,), number + 2) for number in range(answers - 1))]
+    assert [(answer.given, answer.turn) for answer in made("chain", answers)] == expected
+
+
+@pytest.mark.parametrize("answers", [1, 2, 5])
+def test_few_shot_sees_all_before(answers):
+    assert [answer.given for answer in made("few_shot", answers)] == [tuple(range(number)) for number in range(answers)]
+
+
+def test_tree_expands_every_node_in_turn():
+    assert [answer.given for answer in made("tree", 8, 2, "every")] == [(), (0,), (0,), (1,), (1,), (2,), (2,), (3,)]
+
+
+@given(st.integers(2, 20), st.integers(1, 5))
+def test_tree_expands_the_best_node_not_yet_expanded(answers, branching):
+    tree = made("tree", answers, branching, "best")
+    expanded = []
+    for first in range(1, answers, branching):
+        group = tree[first : first + branching]
+        (node,) = {answer.given for answer in group}
+        waiting = [number for number in range(first) if number not in expanded]
+        assert node == (max(waiting, key=lambda number: by_text("p", tree[number].text)),)
+        expanded.append(node[0])
+
+
+@given(st.integers(1, 12), st.integers(1, 5))
+def test_tree_takes_the_earlier_of_equals(answers, branching):
+    """With equal scores, best is each in turn."""
+    engine = Echo()
+    strategy = Strategy(name="tree", answers=answers, branching=branching, expand="best")
+    ((_, tree),) = strategies.run(strategy, ["p"], 0, engine.submit, engine.poll, lambda prompt, answer: 1.0)
+    assert tree == made("tree", answers, branching, "every")
+
+
+def test_best_without_a_scorer_is_refused():
+    engine = Echo()
+    strategy = Strategy(name="tree", answers=3, branching=2, expand="best")
+    with pytest.raises(ValueError, match="no scorer was given"):
+        list(strategies.run(strategy, ["p"], 0, engine.submit, engine.poll))
+
+
+def test_a_prompt_goes_on_while_others_wait():
+    """The second prompt's turns are all asked for before the first prompt's direct answer is there."""
+    waiting = []
+
+    def poll():
+        waiting.sort(key=lambda request: request.prompt, reverse=True)
+        return [Completion(waiting.pop(0).key, "y", 1, "stop")] if waiting else []
+
+    strategy = Strategy(name="chain", answers=3, branching=None, expand=None)
+    finished = [index for index, _ in strategies.run(strategy, ["a", "b"], 0, waiting.extend, poll)]
+    assert finished == [1, 0]
