@@ -402,8 +402,8 @@ def unknown_key(key: str) -> str:
     where = ".".join(parents)
     close = difflib.get_close_matches(last, choices, n=1)
     prefix = f"{where}." if where else ""
-    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-    return f"{key}: unknown key{hint} {where or 'the configuration'} has: {', '.join(choices)}"
+    hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
+    return f"{key}: unknown key{hint}; {where or 'the configuration'} has: {', '.join(choices)}"
 
 
 def one_line(error: Exception) -> str:
@@ -414,7 +414,7 @@ def one_line(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group = match[1]
-        choices = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-        return f"{group}={match[2]}: no such choice; {group} is one of: {', '.join(choices) or 'none'}"
+        options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
+        choices = ", ".join(options[1].split()) if options else "none"
+        return f"{match[1]}={match[2]}: no such choice; {match[1]} is one of: {choices}"
     return text

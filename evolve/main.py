@@ -15,6 +15,8 @@ from omegaconf import DictConfig  # noqa: E402
 
 from evolve import config, launch  # noqa: E402
 
+raised: list[Exception] = []  # by `member`, when it is the whole command: Hydra would wrap it in lines of its own
+
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def member(composed: DictConfig) -> float | None:
@@ -24,7 +26,13 @@ def member(composed: DictConfig) -> float | None:
 
     job = HydraConfig.get()
     alone = job.mode == RunMode.RUN
-    planned = launch.sweep([config.load(composed)], [list(job.overrides.task)], inline=not alone)
+    try:
+        planned = launch.sweep([config.load(composed)], [list(job.overrides.task)], inline=not alone)
+    except (config.ConfigError, launch.Failed) as error:
+        if not alone:
+            raise
+        raised.append(error)
+        return None
     return launch.objective(planned, 0)
 
 
@@ -33,6 +41,8 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and we print one line
     try:
         member()
+        if raised:
+            raise raised[0]
     except config.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,211 +63,235 @@ class Graph:
 
 
 def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
-    """A member's stages. Raises ConfigError if what it names outside can't be found."""
-    steps: list[Step] = []
+    """A member's stages, inputs before what needs them. Raises ConfigError if what it names outside can't be found."""
+    builder = _Builder(config, resolve)
+    builder.loop()
+    return Member(name, config, tuple(builder.steps))
 
-    def add(phase: str, node: Stage) -> Stage:
-        steps.append(Step(phase, node))
-        return node
 
-    data, loss, chain = config.data, config.loss, config.strategy
-    base = resolve.model(config.model.path, config.model.revision, "model.path")
-    read = ModelSettings(
-        dtype=config.model.dtype,
-        chat_template=resolve.chat_template(config.model.chat_template),
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    source, eval_source = resolve.data(data)
-    eval_apart = eval_source is not None or (data.eval_split is not None and not sources.is_file(data.path))
+Artefact = Stage | Source
 
-    def rows(pool: str, start: int, count: int) -> Stage:
-        if eval_apart and pool == "eval":
-            start = 0
-        return stage(
+
+class _Builder:
+    """One member's graph: `loop` is the method, the rest says what each kind of stage takes from the configuration."""
+
+    def __init__(self, config: Config, resolve: sources.Resolver):
+        self.config, self.steps = config, list[Step]()
+        self.phase = "setup"
+        self.base = resolve.model(config.model.path, config.model.revision, "model.path")
+        self.read = ModelSettings(
+            dtype=config.model.dtype,
+            chat_template=resolve.chat_template(config.model.chat_template),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self.source, self.eval_source = resolve.data(config.data)
+        # Whether held-out rows have a file or split of their own, or are the first rows of the one there is.
+        self.eval_apart = self.eval_source is not None or (
+            config.data.eval_split is not None and not sources.is_file(config.data.path)
+        )
+        self.embedded = config.data.path == "embedded"  # whose rows never end
+        self.pairs_used = config.data.sft_pairs + config.data.offline_pairs
+        self.held_out = self.rows("eval", 0, config.data.eval_prompts)
+        self.reward_model = self.scoring_model(resolve) if config.uses_reward_model else None
+
+    def loop(self) -> None:
+        """base -> SFT -> offline -> iterations, with an evaluation after each."""
+        config = self.config
+        self.phase = "base"
+        self.evaluate(self.base)
+        policy: Artefact = self.base
+        if config.loss.sft is not None:
+            self.phase = "sft"
+            policy = self.activate(policy)
+            self.evaluate(policy)
+        post_sft = policy
+        if config.loss.preference is None:
+            return
+        if config.data.offline_pairs:
+            self.phase = "offline"
+            policy = self.train(
+                policy, policy, {"0": self.rows("pairs", config.data.sft_pairs, config.data.offline_pairs)}
+            )
+            self.evaluate(policy)
+        pairs: dict[str, Stage] = {}
+        for turn in range(1, config.iteration.count + 1):
+            self.phase = f"iteration {turn}"
+            pairs = {**(pairs if config.iteration.data == "all" else {}), str(turn): self.own_pairs(policy, turn)}
+            models = {"previous": policy, "initial": self.base, "post_sft": post_sft}
+            policy = self.train(models[config.iteration.start], models[config.iteration.reference], pairs)
+            self.evaluate(policy)
+
+    def add(self, kind: str, inputs: Mapping[str, Artefact], **settings: Any) -> Stage:
+        made = stage(kind, inputs, **settings)
+        self.steps.append(Step(self.phase, made))
+        return made
+
+    def rows(self, pool: str, start: int, count: int) -> Stage:
+        """A slice of the data set."""
+        data = self.config.data
+        return self.add(
             "data",
-            {"data": source, **({"eval": eval_source} if eval_source else {})},
+            {"data": self.source, **({"eval": self.eval_source} if self.eval_source else {})},
             pool=pool,
             start=start,
             count=count,
-            reserve=0 if eval_apart or data.path == "embedded" else data.eval_prompts,
+            reserve=0 if self.eval_apart or self.embedded else data.eval_prompts,
             seed=data.seed,
             split=data.split,
-            eval_split=data.eval_split if eval_apart else None,
+            eval_split=data.eval_split if self.eval_apart else None,
             max_characters=data.max_characters,
         )
 
-    held_out = add("setup", rows("eval", 0, data.eval_prompts))
-    after_offline = data.sft_pairs + data.offline_pairs
-
-    # Who scores
-    reward_model: Stage | Source | None = None
-    if config.uses_reward_model:
+    def scoring_model(self, resolve: sources.Resolver) -> Artefact:
+        """The reward model: the one that is named, or one trained on the data set's last pairs."""
+        config, data = self.config, self.config.data
         if config.reward_model.path is not None:
-            reward_model = resolve.model(config.reward_model.path, config.reward_model.revision, "reward_model.path")
-        else:
-            embedded = data.path == "embedded"  # whose pairs never end, and whose held-out rows have no answers
-            pairs = rows("pairs", after_offline if embedded else -data.reward_model_pairs, data.reward_model_pairs)
-            judged = rows("pairs", after_offline + data.reward_model_pairs, data.eval_prompts) if embedded else held_out
-            reward_model = add(
-                "setup",
-                stage(
-                    "reward_model",
-                    {"model": base, "pairs": add("setup", pairs), "held_out": add("setup", judged)},
-                    model=read,
-                    checkpoint_dtype=config.model.checkpoint_dtype,
-                    epochs=config.reward_model.epochs,
-                    batch_size=config.reward_model.batch_size,
-                    micro_batch=config.reward_model.micro_batch,
-                    learning_rate=config.model.learning_rate.reward_model,
-                    max_length=data.max_length,
-                    max_dropped=config.trainer.max_dropped,
-                    seed=config.seed,
+            return resolve.model(config.reward_model.path, config.reward_model.revision, "reward_model.path")
+        held_out = self.held_out
+        if self.embedded:  # its held-out rows are prompts without answers
+            held_out = self.rows("pairs", self.pairs_used + data.reward_model_pairs, data.eval_prompts)
+        return self.add(
+            "reward_model",
+            {
+                "model": self.base,
+                "pairs": self.rows(
+                    "pairs", self.pairs_used if self.embedded else -data.reward_model_pairs, data.reward_model_pairs
                 ),
-            )
+                "held_out": held_out,
+            },
+            model=self.read,
+            checkpoint_dtype=config.model.checkpoint_dtype,
+            epochs=config.reward_model.epochs,
+            batch_size=config.reward_model.batch_size,
+            micro_batch=config.reward_model.micro_batch,
+            learning_rate=config.model.learning_rate.reward_model,
+            max_length=data.max_length,
+            max_dropped=config.trainer.max_dropped,
+            seed=config.seed,
+        )
 
-    def scoring(scorer: str) -> dict[str, Any]:
-        with_model = scorer == "reward_model"
-        trained = config.reward_model.path is None
+    def scoring(self, scorer: str) -> dict[str, Any]:
+        """A scorer's settings: of the stage `score`, and of a strategy that looks at scores on the way."""
+        own = self.config.reward_model.path is None
         return {
             "scorer": scorer,
-            "verifier": None if with_model else data.verifier,
-            # A model from outside brings its own chat template; a trained one has the policy's.
-            "model": read.model_copy(update={} if trained else {"chat_template": None}) if with_model else None,
-            "max_length": data.max_length,
-            "batch_size": 4 * config.reward_model.micro_batch,
+            "verifier": self.config.data.verifier if scorer == "verifier" else None,
+            # A reward model from outside brings its own chat template; one trained here has the policy's.
+            "model": None if scorer == "verifier" else self.read if own else self.read.model_copy(update=NO_TEMPLATE),
+            "max_length": self.config.data.max_length,
+            "batch_size": 4 * self.config.reward_model.micro_batch,
         }
 
-    def score(phase: str, scorer: str, answers: Stage) -> Stage:
-        inputs: dict[str, Stage | Source] = {"answers": answers}
-        if scorer == "reward_model" and reward_model is not None:
-            inputs["reward_model"] = reward_model
-        return add(phase, stage("score", inputs, **scoring(scorer)))
-
-    def respond(
-        phase: str, model: Stage | Source, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int
-    ) -> Stage:
-        inputs: dict[str, Stage | Source] = {"model": model, "prompts": prompts}
-        looks = strategy.expand == "best"
-        if looks and config.filter.scorer == "reward_model" and reward_model is not None:
-            inputs["reward_model"] = reward_model
-        return add(
-            phase,
-            stage(
-                "respond",
-                inputs,
-                model=read,
-                engine=config.engine,
-                strategy=strategy,
-                template=config.template if strategy.name != "parallel" else None,
-                sampling=sampling,
-                scorer=scoring(config.filter.scorer) if looks else None,
-                max_prompt_tokens=data.max_prompt_tokens,
-                max_new_tokens=data.max_response_tokens,
-                max_length=data.max_length,
-                seed=seed,
-            ),
+    def with_scorer(self, scorer: str, inputs: dict[str, Artefact]) -> dict[str, Artefact]:
+        return (
+            {**inputs, "reward_model": self.reward_model} if scorer == "reward_model" and self.reward_model else inputs
         )
 
-    def evaluate(phase: str, model: Stage | Source) -> None:
+    def score(self, scorer: str, answers: Stage) -> Stage:
+        return self.add("score", self.with_scorer(scorer, {"answers": answers}), **self.scoring(scorer))
+
+    def respond(self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int) -> Stage:
+        config, looks = self.config, strategy.expand == "best"
+        inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
+        return self.add(
+            "respond",
+            self.with_scorer(config.filter.scorer, inputs) if looks else inputs,
+            model=self.read,
+            engine=config.engine,
+            strategy=strategy,
+            template=config.template if strategy.name != "parallel" else None,
+            sampling=sampling,
+            scorer=self.scoring(config.filter.scorer) if looks else None,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_new_tokens=config.data.max_response_tokens,
+            max_length=config.data.max_length,
+            seed=seed,
+        )
+
+    def evaluate(self, model: Artefact) -> None:
+        """Each benchmark: held-out prompts are answered and scored by the stages that the loop uses."""
+        config = self.config
         turns = Strategy(name="chain", answers=config.eval.turns, branching=None, expand=None)
         sampling = Sampling(temperature=config.eval.temperature, top_k=0, top_p=1.0)
-        judge = (
-            data.verifier if config.eval_scorer == "verifier" else config.reward_model.path or "trained reward model"
+        scorer = config.eval_scorer
+        judge = config.data.verifier if scorer == "verifier" else config.reward_model.path or "trained reward model"
+        protocol = (
+            f"chain of {config.eval.turns} turns, template {config.template.name}, "
+            f"temperature {config.eval.temperature:g}, scored by {judge}"
         )
         for benchmark in config.eval.benchmarks:
-            answers = respond(phase, model, held_out, turns, sampling, config.eval.seed)
-            scores = score(phase, config.eval_scorer, answers)
-            protocol = (
-                f"chain of {config.eval.turns} turns, template {config.template.name}, temperature "
-                f"{config.eval.temperature:g}, scored by {judge}"
-            )
-            inputs: dict[str, Stage | Source] = {"answers": answers, "scores": scores}
-            add(phase, stage("evaluate", inputs, benchmark=benchmark, protocol=protocol))
+            answers = self.respond(model, self.held_out, turns, sampling, config.eval.seed)
+            scores = self.score(scorer, answers)
+            self.add("evaluate", {"answers": answers, "scores": scores}, benchmark=benchmark, protocol=protocol)
 
-    evaluate("base", base)
-    policy: Stage | Source = base
-    common: dict[str, Any] = {
-        "model": read,
-        "checkpoint_dtype": config.model.checkpoint_dtype,
-        "template": config.template,
-        "optimiser": config.trainer.optimiser,
-        "max_length": data.max_length,
-        "max_dropped": config.trainer.max_dropped,
-        "seed": config.seed,
-    }
+    def fitting(self) -> dict[str, Any]:
+        """What activation and preference training have in common."""
+        config = self.config
+        return {
+            "model": self.read,
+            "checkpoint_dtype": config.model.checkpoint_dtype,
+            "template": config.template,
+            "optimiser": config.trainer.optimiser,
+            "max_length": config.data.max_length,
+            "max_dropped": config.trainer.max_dropped,
+            "seed": config.seed,
+        }
 
-    if loss.sft is not None:
-        pairs = add("setup", rows("pairs", 0, data.sft_pairs))
-        policy = add(
-            "sft",
-            stage(
-                "activate",
-                {"model": policy, "pairs": pairs},
-                loss=loss.sft,
-                epochs=config.trainer.epochs.sft,
-                learning_rate=config.model.learning_rate.sft,
-                **common,
-            ),
+    def activate(self, model: Artefact) -> Stage:
+        config = self.config
+        return self.add(
+            "activate",
+            {"model": model, "pairs": self.rows("pairs", 0, config.data.sft_pairs)},
+            loss=config.loss.sft,
+            epochs=config.trainer.epochs.sft,
+            learning_rate=config.model.learning_rate.sft,
+            **self.fitting(),
         )
-        evaluate("sft", policy)
-    post_sft = policy
 
-    def train(phase: str, start: Stage | Source, reference: Stage | Source, pairs: Mapping[str, Stage]) -> Stage:
-        assert loss.preference is not None
-        inputs: dict[str, Stage | Source] = {"model": start}
+    def own_pairs(self, policy: Artefact, turn: int) -> Stage:
+        """One iteration's pairs, from the policy's own answers to fresh prompts."""
+        config, data = self.config, self.config.data
+        prompts = self.rows(
+            "prompts", (turn - 1) * data.prompts + (0 if self.embedded else self.pairs_used), data.prompts
+        )
+        answers = self.respond(policy, prompts, config.strategy, config.sampling, config.seed)
+        inputs = {"answers": answers}
+        if config.filter.scorer != "none":
+            inputs["scores"] = self.score(config.filter.scorer, answers)
+        return self.add("pair", inputs, filter=config.filter)
+
+    def train(self, start: Artefact, reference: Artefact, pairs: Mapping[str, Stage]) -> Stage:
+        """Preference training from `start`, with the reference's log-probabilities of what the loss needs."""
+        config, loss = self.config, self.config.loss
+        contexts = [
+            name for name, used in (("direct", loss.alpha < 1 or loss.nll > 0), ("refine", loss.alpha > 0)) if used
+        ]
+        inputs: dict[str, Artefact] = {"model": start}
         for number, made in pairs.items():
             inputs[f"pairs_{number}"] = made
-            for contexts, wanted in (
-                ("direct", loss.alpha < 1 or loss.nll > 0),
-                ("refine", loss.alpha > 0),
-            ):
-                if wanted:
-                    inputs[f"reference_{contexts}_{number}"] = add(
-                        phase,
-                        stage(
-                            "reference",
-                            {"model": reference, "pairs": made},
-                            model=read,
-                            contexts=contexts,
-                            template=config.template,
-                            max_length=data.max_length,
-                            max_dropped=config.trainer.max_dropped,
-                            micro_batch=config.trainer.micro_batch,
-                        ),
-                    )
-        return add(
-            phase,
-            stage(
-                "train",
-                inputs,
-                loss=loss.preference,
-                epochs=config.trainer.epochs.pt,
-                learning_rate=config.model.learning_rate.pt,
-                starts_at_reference=start.id == reference.id,
-                **common,
-            ),
+            for context in contexts:
+                inputs[f"reference_{context}_{number}"] = self.add(
+                    "reference",
+                    {"model": reference, "pairs": made},
+                    model=self.read,
+                    contexts=context,
+                    template=config.template,
+                    max_length=config.data.max_length,
+                    max_dropped=config.trainer.max_dropped,
+                    micro_batch=config.trainer.micro_batch,
+                )
+        return self.add(
+            "train",
+            inputs,
+            loss=loss.preference,
+            epochs=config.trainer.epochs.pt,
+            learning_rate=config.model.learning_rate.pt,
+            starts_at_reference=start.id == reference.id,
+            **self.fitting(),
         )
 
-    if loss.preference is not None:
-        if data.offline_pairs:
-            pairs = add("setup", rows("pairs", data.sft_pairs, data.offline_pairs))
-            policy = train("offline", policy, policy, {"0": pairs})
-            evaluate("offline", policy)
-        so_far: dict[str, Stage] = {}
-        for turn in range(1, config.iteration.count + 1):
-            phase = f"iteration {turn}"
-            first = (turn - 1) * data.prompts + (0 if data.path == "embedded" else after_offline)
-            prompts = add("setup", rows("prompts", first, data.prompts))
-            answers = respond(phase, policy, prompts, chain, config.sampling, config.seed)
-            inputs = {"answers": answers}
-            if config.filter.scorer != "none":
-                inputs["scores"] = score(phase, config.filter.scorer, answers)
-            made = add(phase, stage("pair", inputs, filter=config.filter))
-            so_far = {**(so_far if config.iteration.data == "all" else {}), str(turn): made}
-            models = {"previous": policy, "initial": base, "post_sft": post_sft}
-            policy = train(phase, models[config.iteration.start], models[config.iteration.reference], so_far)
-            evaluate(phase, policy)
-    return Member(name, config, tuple(steps))
+
+NO_TEMPLATE = {"chat_template": None}
 
 
 @dataclass(frozen=True)
@@ -327,14 +351,11 @@ def _short(value: Any) -> str:
 
 
 def _expected(node: Stage, peers: Sequence[Mapping[str, Any]]) -> float | None:
-    """The mean time of records of its kind, of the same model where there is any: [seconds]."""
-
-    def weight(identity: Mapping[str, Any]) -> Any:
-        config = identity["config"]
-        return (config.get("engine"), config.get("max_length"), config.get("max_new_tokens"), config.get("model"))
-
-    same = [peer["seconds"] for peer in peers if weight(peer["identity"]) == weight(node.identity)]
-    return sum(same) / len(same) if same else None
+    """Seconds that records of its kind took with the same weights and data: of the same settings, or else of any."""
+    akin = [peer for peer in peers if peer.get("roots") == sorted(node.roots)]
+    same = [peer["seconds"] for peer in akin if peer["identity"]["config"] == node.identity["config"]]
+    found = same or [peer["seconds"] for peer in akin]
+    return sum(found) / len(found) if found else None
 
 
 def names(configs: Sequence[Config], overrides: Iterable[Sequence[str]]) -> list[str]:

@@ -27,6 +27,7 @@ class Resolver:
         self.cache, self.unpinned = cache, unpinned
         self._seen: dict[tuple[Any, ...], Source] = {}
         self.warnings: list[str] = []
+        self._unreachable: Exception | None = None
 
     def model(self, path: str, revision: str | None, key: str) -> Source:
         """Weights in the hub's layout: a local folder, or a hub id. Raises ConfigError."""
@@ -134,15 +135,29 @@ class Resolver:
 
     def _commit(self, kind: str, name: str, revision: str | None, key: str) -> str:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         for cached in _cached(kind, name, revision):
             return cached
         try:
-            return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha)
+            if self._unreachable:
+                raise self._unreachable
+            seconds = 1.5 if self.unpinned else 10
+            return str(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=seconds).sha)
+        except RevisionNotFoundError:
+            raise ConfigError(f"{key}={name}: the hub has it, but no revision {revision}") from None
+        except GatedRepoError:
+            raise ConfigError(f"{key}={name}: gated; ask for access on the hub, then `hf auth login`") from None
         except RepositoryNotFoundError:
             raise ConfigError(f"{key}={name}: no such folder here and no such {kind} on the hub") from None
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # the hub's HTTP library has errors of its own, which change with its version
+            if not isinstance(error, HfHubHTTPError):
+                self._unreachable = error  # so a plan that names five hub ids waits once
             if self.unpinned:
                 self.warnings.append(f"{key}={name}: the hub can't be reached, so its revision is open")
                 return f"unresolved-{revision or 'main'}"

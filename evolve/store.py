@@ -123,6 +123,12 @@ class Stage:
     def id(self) -> str:
         return f"{self.kind}/{digest(self.identity)[:16]}"
 
+    @cached_property
+    def roots(self) -> frozenset[str]:
+        """Ids of everything from outside that went into it, however far up."""
+        above = [item.roots if isinstance(item, Stage) else frozenset([item.id]) for item in self.inputs.values()]
+        return frozenset().union(*above)
+
     @property
     def stages(self) -> list[Stage]:
         """The inputs that are stages themselves."""
@@ -246,6 +252,7 @@ class Store:
             "identity": stage.identity,
             "config": settings(stage.config, defaults=True),
             "inputs": {name: item.id for name, item in stage.inputs.items()},
+            "roots": sorted(stage.roots),
             "sources": {name: item.path for name, item in stage.inputs.items() if isinstance(item, Source)},
             "files": files,
             **asdict(report),
