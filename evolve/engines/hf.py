@@ -1,8 +1,8 @@
 """transformers' generate, batched by length, with a seed for each request.
 
-Sampling from softmax(logits / T) is the argmax of logits / T + Gumbel noise; the noise is a hash of (seed, step,
-token), so a request draws the same answer whatever stands beside it in the batch. generate itself runs greedily on
-that sum.
+A token is drawn by inverting its distribution at one uniform number, which is a hash of the request's seed and the
+step: so a request draws the same answer whatever stands beside it in the batch. generate itself runs greedily on what
+has been drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from evolve import templates
 from evolve.config import Sampling, Template
@@ -30,24 +30,30 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
-def gumbel(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [rows, vocabulary], a pure function of (a row's 63-bit seed, step, token)."""
-    token = torch.arange(vocabulary, device=seeds.device)[None, :]
-    low, high = (seeds & _MASK)[:, None], (seeds >> 32)[:, None]
-    bits = _mix(_mix((token + low) & _MASK) ^ _mix((high + step * 0x9E3779B9) & _MASK))
-    uniform = (bits.double() + 0.5) / 2**32
-    return -torch.log(-torch.log(uniform))
+def uniform(seeds: Tensor, step: int) -> Tensor:
+    """Numbers in (0, 1), [rows], float64: a pure function of (a row's 63-bit seed, step)."""
+    low, high = seeds & _MASK, seeds >> 32
+    first = _mix(_mix(low ^ (step * 0x9E3779B9 & _MASK)) ^ high)
+    second = _mix(first ^ _mix(high + 0x85EBCA6B & _MASK))
+    return ((first << 20 | second >> 12).double() + 0.5) / 2**52
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """The token whose stretch of the cumulative softmax holds a row's number: [rows] from [rows, vocabulary]."""
+    heights = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    wanted = numbers[:, None] * heights[:, -1:]  # rounding may leave the sum a little off 1
+    return torch.searchsorted(heights, wanted, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
 class _Draw(LogitsProcessor):
-    """Turns greedy decoding into sampling, by a seed for each row."""
+    """Leaves one token possible in each row, the drawn one."""
 
-    def __init__(self, seeds: Tensor, temperature: float, prompt_width: int):
-        self.seeds, self.temperature, self.prompt_width = seeds, temperature, prompt_width
+    def __init__(self, seeds: Tensor, prompt_width: int):
+        self.seeds, self.prompt_width = seeds, prompt_width
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        noise = gumbel(self.seeds, input_ids.shape[1] - self.prompt_width, scores.shape[1])
-        return scores.double() / self.temperature + noise
+        tokens = draw(scores, uniform(self.seeds, input_ids.shape[1] - self.prompt_width))
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
 class HFEngine:
@@ -118,15 +124,13 @@ class HFEngine:
             mask[row, width - len(ids) :] = 1
         processors = LogitsProcessorList()
         if self.sampling.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.sampling.temperature))
             if self.sampling.top_k:
                 processors.append(TopKLogitsWarper(self.sampling.top_k))
             if self.sampling.top_p < 1:
-                # top_p looks at probabilities, so it has to see the temperature; _Draw then finds it applied.
-                processors.append(_Scale(self.sampling.temperature))
                 processors.append(TopPLogitsWarper(self.sampling.top_p))
-            temperature = 1.0 if self.sampling.top_p < 1 else self.sampling.temperature
             seeds = torch.tensor([request.seed for _, request in batch], device=self.device)
-            processors.append(_Draw(seeds, temperature, width))
+            processors.append(_Draw(seeds, width))
         output = self.model.generate(
             input_ids=input_ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -144,11 +148,3 @@ class HFEngine:
 
     def close(self) -> None:
         del self.model
-
-
-class _Scale(LogitsProcessor):
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        return scores / self.temperature
