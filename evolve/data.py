@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from typing import Any
 
 Row = dict[str, Any]
@@ -33,6 +34,10 @@ def _text(value: Any, where: str) -> str:
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise DataError(f"{where}: neither a text nor a list of messages")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half a character (a lone surrogate)") from None
     return value
 
 
@@ -42,18 +47,7 @@ def read(path: str, split: str) -> list[Row]:
     Raises DataError naming the file and line where something is wrong.
     """
     if is_file(path):
-        opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            if path.endswith(".json"):
-                raw = list(enumerate(json.load(file), 1))
-            else:
-                raw = []
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        try:
-                            raw.append((number, json.loads(line)))
-                        except ValueError as error:
-                            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        raw = _parse(path)
     else:
         from datasets import load_dataset
 
@@ -71,6 +65,27 @@ def read(path: str, split: str) -> list[Row]:
     return rows
 
 
+def _parse(path: str) -> list[tuple[int, Any]]:
+    number = 0
+    try:
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            if path.endswith(".json"):
+                content = json.load(file)
+                if not isinstance(content, list):
+                    raise DataError(f"{path}: holds a {type(content).__name__}, not a list of rows")
+                return list(enumerate(content, 1))
+            raw = []
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    raw.append((number, json.loads(line)))
+            return raw
+    except DataError:
+        raise
+    except (ValueError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}, line {number or 1}: not JSON in UTF-8, or damaged ({error})") from None
+
+
 def row_id(prompt: str) -> str:
     """Names a prompt wherever it turns up."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
@@ -79,22 +94,25 @@ def row_id(prompt: str) -> str:
 def _ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[list[Row], dict[str, int]]:
     dropped = {"empty": 0, "too many characters": 0, "chosen is rejected": 0, "prompt seen before": 0}
     kept: dict[str, Row] = {}
-    for row in rows:
+    # In an order of their own, so that which of two rows with one prompt is kept is not the file's order either.
+    for row in sorted(rows, key=lambda row: (row["prompt"], row["chosen"], row["rejected"])):
+        same = _same(row["prompt"])
         if not row["prompt"].strip() or not row["chosen"].strip() or not row["rejected"].strip():
             dropped["empty"] += 1
         elif max_characters is not None and max(map(len, row.values())) > max_characters:
             dropped["too many characters"] += 1
         elif row["chosen"] == row["rejected"]:
             dropped["chosen is rejected"] += 1
-        elif row["prompt"] in kept:
+        elif same in kept:
             dropped["prompt seen before"] += 1
         else:
-            kept[row["prompt"]] = row
+            kept[same] = row
     order = sorted(kept.values(), key=lambda row: hashlib.sha256(f"{seed}\x00{row['prompt']}".encode()).digest())
     return order, {reason: count for reason, count in dropped.items() if count}
 
 
 def _same(prompt: str) -> str:
+    """A prompt without what does not make it another one: case and spacing."""
     return " ".join(prompt.split()).lower()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +84,6 @@ class RewardModel:
                     mask[row, : len(encoded[index])] = 1
                 logits = self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)).logits
                 for index, value in zip(batch, logits[:, 0].float().tolist(), strict=True):
-                    scores[index] = Score(value)
+                    scores[index] = Score(value if isfinite(value) else None)
                 progress(first + len(batch), len(order))
         return scores

@@ -180,7 +180,7 @@ class Store:
         try:
             record = json.loads((folder / RECORD).read_bytes())
             checksum = record.pop("checksum")
-            whole = checksum == digest(record)
+            whole = checksum == digest(record) and record["id"] == stage_id
         except FileNotFoundError:
             if folder.is_dir():
                 raise Corrupt(f"{stage_id}: no record in {folder}") from None
@@ -188,7 +188,7 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Corrupt(f"{stage_id}: unreadable record ({error})") from None
         if not whole:
-            raise Corrupt(f"{stage_id}: its record's checksum is wrong")
+            raise Corrupt(f"{stage_id}: its record is not what was written")
         for name, entry in record["files"].items():
             try:
                 size = (folder / name).stat().st_size
@@ -232,14 +232,20 @@ class Store:
         """A temporary folder to build a stage in, for the lease's holder; what `commit` doesn't move is removed."""
         final = self.folder(stage.id)
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(f".tmp-{final.name}-*"):  # by a build that was killed: we hold the lease now
-            shutil.rmtree(left, ignore_errors=True)
+        for note in final.parent.glob(f".tmp-{final.name}-*.owner"):  # of builds that were killed on this machine
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+                if _gone(json.loads(note.read_text())):
+                    shutil.rmtree(note.with_suffix(""), ignore_errors=True)
+                    note.unlink(missing_ok=True)
         temporary = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+        owner = temporary.with_suffix(".owner")
+        owner.write_text(json.dumps(_process()))
         temporary.mkdir()
         try:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            owner.unlink(missing_ok=True)
 
     def commit(self, stage: Stage, built: Path, report: Report, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the record as the last file and gives the folder its name. Returns the record that stands."""
@@ -333,25 +339,26 @@ class Lease:
         path.parent.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         mine = path.parent / f".tmp-lease-{token}"
-        me = psutil.Process()
-        mine.write_text(json.dumps({"host": _host(), "pid": me.pid, "born": me.create_time(), "token": token}))
+        mine.write_text(json.dumps({**_process(), "token": token}))
         try:
-            for _ in range(2):
+            for _ in range(3):
                 try:
                     os.link(mine, path)
                     lease = cls(path, token, timeout)
                     lease._thread.start()
                     return lease
                 except FileExistsError:
-                    if not cls.is_stale(path, timeout):
+                    judged = cls._content(path)
+                    if judged is None:  # given back just now
+                        continue
+                    if not cls._is_stale(judged, path, timeout):
                         return None
-                    judged = cls._holder(path)
                     aside = path.parent / f".tmp-lease-{uuid.uuid4().hex}"
                     try:
                         path.rename(aside)
                     except FileNotFoundError:
                         continue
-                    if cls._holder(aside) != judged:  # somebody else took it over since: give it back
+                    if cls._content(aside) != judged:  # somebody else has it since: give it back
                         with contextlib.suppress(FileExistsError):
                             os.link(aside, path)
                     aside.unlink(missing_ok=True)
@@ -360,22 +367,27 @@ class Lease:
             mine.unlink(missing_ok=True)
 
     @staticmethod
-    def _holder(path: Path) -> dict[str, Any] | None:
+    def _content(path: Path) -> bytes | None:
         try:
-            return json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
+            return path.read_bytes()
+        except FileNotFoundError:
             return None
 
     @classmethod
     def is_stale(cls, path: Path, timeout: float) -> bool:
-        holder = cls._holder(path)
-        if holder is None:
-            return path.exists()  # content is linked in whole, so an unreadable lease is a damaged one
-        if holder.get("host") == _host():
-            try:
-                return abs(psutil.Process(holder["pid"]).create_time() - holder["born"]) > 1
-            except psutil.NoSuchProcess:
-                return True
+        """Whether a lease is held by nobody who lives. False if there is none."""
+        content = cls._content(path)
+        return content is not None and cls._is_stale(content, path, timeout)
+
+    @classmethod
+    def _is_stale(cls, content: bytes, path: Path, timeout: float) -> bool:
+        try:
+            holder = json.loads(content)
+            gone = _gone(holder)
+        except (ValueError, KeyError, TypeError):
+            return True  # a lease appears whole, so this one is damaged
+        if gone is not None:
+            return gone
         try:
             # Both times are the file server's, so clocks that disagree do no harm.
             probe = path.parent / f".tmp-lease-{uuid.uuid4().hex}"
@@ -393,8 +405,7 @@ class Lease:
 
     def release(self) -> None:
         self._stop.set()
-        holder = self._holder(self.path)
-        if holder and holder.get("token") == self.token:
+        if self.token.encode() in (self._content(self.path) or b""):
             self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Lease:
@@ -404,13 +415,25 @@ class Lease:
         self.release()
 
 
-def _host() -> str:
-    """This machine, and the pid namespace in it: only there does a pid mean the same process."""
+def _process() -> dict[str, Any]:
+    """This process: its machine and pid namespace (only there does a pid mean the same process), pid, and birth."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         space = 0
-    return f"{socket.gethostname()}:{space}"
+    me = psutil.Process()
+    return {"host": f"{socket.gethostname()}:{space}", "pid": me.pid, "born": me.create_time()}
+
+
+def _gone(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process of `_process` has ended; None where this machine can't tell."""
+    if process["host"] != _process()["host"]:
+        return None
+    try:
+        found = psutil.Process(process["pid"])
+        return abs(found.create_time() - process["born"]) > 1 or found.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def provenance(code: Mapping[str, Any], started: float) -> dict[str, Any]:

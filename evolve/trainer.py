@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class PairTrainer(Trainer):
         self.tolerance = tolerance
         self.steps: list[dict[str, float]] = []
         self._sums: dict[str, list[Tensor]] = {}
+        self._ids: list[str] = []
         super().__init__(data_collator=self._collate, callbacks=[_Steps(self, on_step)], **kw)
         # The objective divides by the whole step's items, so the Trainer must not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
@@ -112,6 +114,7 @@ class PairTrainer(Trainer):
         summed = log_probabilities(model, inputs)
         logp = dict(zip(self.objective.names, summed.chunk(len(self.objective.names)), strict=True))
         loss, metrics = self.objective.loss(logp, inputs, num_items_in_batch)
+        self._ids = inputs["ids"]
         if not torch.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, prompts {', '.join(inputs['ids'])}; "
@@ -146,6 +149,11 @@ class _Steps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and self.trainer.steps and "grad_norm" in logs:
+            if not isfinite(logs["grad_norm"]):  # no loss will show it if this was the last step
+                raise Diverged(
+                    f"the gradient is not finite at step {state.global_step}, prompts {', '.join(self.trainer._ids)}; "
+                    "a smaller learning rate (model.learning_rate) is the usual remedy"
+                )
             self.trainer.steps[-1] |= {name: float(logs[name]) for name in ("grad_norm", "learning_rate")}
 
 

@@ -41,6 +41,8 @@ def uniform(seeds: Tensor, step: int) -> Tensor:
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """The token whose stretch of the cumulative softmax holds a row's number: [rows] from [rows, vocabulary]."""
     heights = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    if not heights[:, -1].isfinite().all():
+        raise ValueError("the model's logits are not numbers: its weights are spoilt")
     wanted = numbers[:, None] * heights[:, -1:]  # rounding may leave the sum a little off 1
     return torch.searchsorted(heights, wanted, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
