@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -406,9 +407,15 @@ def unknown_key(key: str) -> str:
     return f"{key}: unknown key{hint}; {where or 'the configuration'} has: {', '.join(choices)}"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
     """One line for an error of Hydra's or OmegaConf's own, with the choices where there are any."""
     import re
+
+    for override in overrides:  # Hydra says that some group is null, and not which
+        group, _, choice = override.partition("=")
+        if choice in ("", "null") and (CONF / group).is_dir():
+            choices = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+            return f"{override}: a group can't be empty; {group} is one of: {choices}"
 
     text = _one_line(str(error.__cause__ or error) if "Error merging" in str(error) else str(error))
     if match := re.search(r"Could not override '([^']+)'", text):

@@ -36,8 +36,18 @@ def member(composed: DictConfig) -> float | None:
     return launch.objective(planned, 0)
 
 
+def _hydras(error: Exception) -> bool:
+    """Whether Hydra refused the command: by an error of its own, or by a plain one that it raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raiser = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return f"{type(error).__module__}.".startswith(("hydra.", "omegaconf.")) or raiser.startswith("hydra._internal")
+
+
 def main() -> int:
     """The exit status: 0 done, 1 a stage failed, 2 the command is wrong, 130 interrupted."""
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants it first
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and we print one line
     try:
         member()
@@ -53,9 +63,9 @@ def main() -> int:
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:
-        if not type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        if not _hydras(error):
             raise
-        print(f"error: {config.one_line(error)}", file=sys.stderr)
+        print(f"error: {config.one_line(error, sys.argv[1:])}", file=sys.stderr)
         return 2
     return 0
 

@@ -319,6 +319,8 @@ def judge(graph: Graph, store: Store) -> dict[str, Verdict]:
     for node in graph.stages.values():
         if records[node.id] is not None:
             verdicts[node.id] = Verdict(True)
+        elif store.folder(node.id).exists():
+            verdicts[node.id] = Verdict(False, "its result is damaged", _expected(node, others.get(node.kind, [])))
         else:
             peers = others.get(node.kind, [])
             verdicts[node.id] = Verdict(False, _why(node, peers, verdicts), _expected(node, peers))
@@ -328,9 +330,8 @@ def judge(graph: Graph, store: Store) -> dict[str, Verdict]:
 def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]) -> str:
     for name, item in node.inputs.items():
         if isinstance(item, Stage) and not verdicts[item.id].reused:
-            return (
-                f"its {name} is new" if verdicts[item.id].why.startswith(("its ", "first")) else verdicts[item.id].why
-            )
+            cause = verdicts[item.id].why
+            return f"its {name} is new" if cause.startswith(("its ", "first")) else cause
     if not peers:
         return f"first {node.kind}"
     mine = flatten(node.identity)
@@ -342,7 +343,7 @@ def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str,
             best = [
                 f"{key.split('.', 1)[-1]}: {_short(theirs.get(key))} -> {_short(mine.get(key))}" for key in differing
             ]
-    return "; ".join((best or ["its result was lost or damaged"])[:3])
+    return "; ".join((best or [])[:3])
 
 
 def _short(value: Any) -> str:

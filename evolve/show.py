@@ -41,7 +41,7 @@ class Show:
         self._overall: Any = None
         self._held: set[str] = set()
         self.new = [stage_id for stage_id, verdict in planned.verdicts.items() if not verdict.reused]
-        self.done = 0
+        self.done = self.elsewhere = 0
         self._labels = self._label_all()
 
     def _label_all(self) -> dict[str, str]:
@@ -152,7 +152,9 @@ class Show:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
-        self.console.print(f"ran     {self.done} of {len(self.new)} new stages in {duration(time.time() - self.began)}")
+        other = f", {self.elsewhere} by another process" if self.elsewhere else ""
+        ran = f"{self.done - self.elsewhere} of {len(self.new)} new stages"
+        self.console.print(f"ran     {ran}{other} in {duration(time.time() - self.began)}")
 
     def _line(self, text: str, style: str = "") -> None:
         clock = "" if self.console.is_terminal else time.strftime("%H:%M:%S ")
@@ -190,6 +192,7 @@ class Show:
         if outcome.status == "blocked":
             return
         self.done += 1
+        self.elsewhere += outcome.status == "reused"
         if self.live:
             self.live.update(self._overall, advance=1)
         else:

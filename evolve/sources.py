@@ -94,7 +94,8 @@ class Resolver:
         if data.path == "embedded" or not is_file(data.path):
             return
         file = find(data.path)
-        assert file is not None
+        if file is None:
+            raise ConfigError(f"data.path={data.path}: no such file")
         if file.stat().st_size > 100 * 2**20:
             return  # reading it would take longer than a plan may; the data stages, which come first, say the same
         known = ("rows", data.path, data.seed, data.max_characters)

@@ -1,0 +1,377 @@
+"""conf/ and its schema: everything composes, is commented and stated; what is wrong is one line; what counts for ids.
+
+`python tests/test_config.py` writes tests/default_config.yaml again, so that a changed default shows in review.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evolve import config, launch, plan, sources
+from evolve.config import CONF, Config, ConfigError
+from evolve.store import flatten
+
+DEFAULTS = Path(__file__).with_name("default_config.yaml")
+CHOICES = sorted(
+    f"{file.parent.relative_to(CONF)}={file.stem}"
+    for file in CONF.rglob("*.yaml")
+    if file.parent != CONF and file.parent.name != "local"
+)
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+RESOLVER = sources.Resolver(None)
+
+
+@cache
+def composed(*overrides: str) -> dict[str, Any]:
+    """What Hydra makes of conf/ and overrides, as a plain dict, with Hydra's mode and sweep. No site's own settings."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        made = hydra.compose("config", overrides=["~local", *overrides], return_hydra_config=True)
+    own = OmegaConf.masked_copy(made, [str(key) for key in made if key != "hydra"])
+    params = OmegaConf.to_container(made.hydra.sweeper.params) if made.hydra.sweeper.params else {}
+    return {**OmegaConf.to_container(own, resolve=True), "hydra": {"mode": made.hydra.mode, "params": params}}
+
+
+def load(*overrides: str) -> Config:
+    return config.load(composed(*overrides))
+
+
+def changed(base: dict[str, Any], **values: Any) -> Config:
+    """The config with some values replaced: changed(base, **{"loss.alpha": 0.5})."""
+    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = copy
+        for parent in parents:
+            section[parent] = dict(section[parent])
+            section = section[parent]
+        section[last] = value
+    return config.load(copy)
+
+
+def ids(member: Config) -> list[tuple[str, str]]:
+    return [(step.phase, step.stage.id) for step in plan.build("member", member, RESOLVER).steps]
+
+
+def ids_of(member: Config, kind: str) -> list[str]:
+    return [stage_id for _, stage_id in ids(member) if stage_id.startswith(f"{kind}/")]
+
+
+def leaves(section: dict[str, Any]) -> dict[str, Any]:
+    return flatten({key: value for key, value in section.items() if key != "hydra"})
+
+
+def default_config() -> str:
+    return yaml.safe_dump(leaves(load().model_dump(mode="json")), allow_unicode=True, width=1000)
+
+
+# ---- conf/ and the schema
+
+
+@pytest.mark.parametrize("scale", ["embedded", "paper"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None:
+    if (choice, scale) == ("filter=verifier", "paper"):
+        pytest.skip("UltraFeedback has no verifier: refused below")
+    stated = composed(f"scale={scale}", choice)
+    assert leaves(stated).keys() == leaves(config.load(stated).model_dump()).keys()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data=ultrafeedback", "filter=reward_model"),
+        ("data=ultrafeedback", "filter=rule"),
+        ("data=ultrafeedback", "reward_model=skywork"),
+        ("data=ultrafeedback", "model=smollm2_135m", "debug=fast"),
+        ("filter=rule", "strategy=tree", "strategy.expand=every"),
+        ("filter=rule", "strategy=parallel", "loss=sft_only"),
+        ("strategy.answers=1", "loss=sft_only"),
+        ("data.sft_pairs=0", "loss=pt_only"),
+    ],
+    ids=" ".join,
+)
+def test_choices_that_go_together(overrides: tuple[str, ...]) -> None:
+    load(*overrides)
+
+
+@pytest.mark.parametrize("scale", ["embedded", "paper"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_member_of_an_experiment_composes(experiment: str, scale: str) -> None:
+    overlay = (f"experiment={experiment}", f"scale={scale}")
+    found = composed(*overlay)["hydra"]
+    assert str(found["mode"]).endswith("MULTIRUN") and found["params"]
+    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in found["params"].items()])
+    members = [member for batch in BasicSweeper.split_arguments(parsed, None) for member in batch]
+    assert len({str(load(*overlay, *member).model_dump()) for member in members}) == len(members) > 1
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if not c.startswith(("hydra/", "experiment=", "debug="))])
+def test_every_field_has_a_comment(choice: str) -> None:
+    """On its line, the line above, or its section's line. Overlays only repeat fields that groups explain."""
+    assert uncommented((CONF / choice.replace("=", "/")).with_suffix(".yaml").read_text()) == []
+
+
+def test_every_default_has_a_comment() -> None:
+    assert uncommented((CONF / "config.yaml").read_text().split("\nhydra:")[0]) == []
+
+
+def uncommented(text: str) -> list[str]:
+    found, above, covered, block = [], "", -1, -1  # indents of a commented section, and of a text block
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if 0 <= block < indent or not line.strip():
+            continue
+        block = -1
+        if match := re.match(r" *(?:- )?\w+:(.*)", line):
+            commented = "#" in line or above.lstrip().startswith("#")
+            is_section = match[1].split("#")[0].strip() in ("", "|")
+            if indent <= covered:
+                covered = -1
+            if is_section and commented and covered < 0:
+                covered = indent
+            if "|" in match[1].split("#")[0]:
+                block = indent
+            if not (commented or 0 <= covered < indent or match[1].strip() == ""):
+                found.append(line)
+        above = line
+    return found
+
+
+def test_comment_check_finds_what_lacks_one() -> None:
+    assert uncommented("# top\na: 1\nb: 2\nc: # section\n  d: 3\ne:\n  f: 4\n") == ["b: 2", "  f: 4"]
+
+
+def test_defaults_are_the_committed_ones() -> None:
+    assert default_config() == DEFAULTS.read_text(), "a default changed: `python tests/test_config.py`, then review"
+
+
+# ---- what is wrong is one line that names the key and the choices
+
+
+def refusal(tmp_path: Path, *overrides: str) -> str:
+    """The line a command would print; evolve/main.py does the same (tests/test_cli.py)."""
+    try:
+        launch.plan_members([load(*overrides, f"output={tmp_path}", "dry_run=true")], [overrides])
+    except ConfigError as error:
+        return str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return config.one_line(error)
+    pytest.fail(f"{overrides} was accepted")
+
+
+REFUSED = {
+    "loss.alph=1": ["loss.alph: unknown key", "did you mean loss.alpha?", "beta_refine"],
+    "+loss.alph=1": ["loss.alph: unknown key", "did you mean loss.alpha?", "beta_refine"],
+    "+data.verifiers.name=x": ["data.verifiers", "unknown key", "did you mean data.verifier?"],
+    "sede=1": ["sede: unknown key", "did you mean seed?", "strategy"],
+    "+wibble=1": ["wibble: unknown key; ", "strategy"],
+    "+strategy=tree": ["strategy"],
+    "~loss.alpha": ["loss.alpha: not set"],
+    "seed=x": ["seed=x", "integer"],
+    "iteration.count=0.5": ["iteration.count=0.5", "integer"],
+    "loss.alpha=null": ["loss.alpha=None", "number"],
+    "loss.pt=perhaps": ["loss.pt=perhaps", "boolean"],
+    "wandb.mode=on": ["wandb.mode=on", "'auto', 'offline', 'online' or 'disabled'"],
+    "loss.alpha=1.5": ["loss.alpha=1.5", "less than or equal to 1"],
+    "loss.nll=nan": ["loss.nll=nan"],
+    "sampling.top_p=0": ["sampling.top_p=0", "greater than 0"],
+    "trainer.batch_size=0": ["trainer.batch_size=0", "greater than or equal to 1"],
+    "strategy.answers=65": ["strategy.answers=65", "less than or equal to 64"],
+    "resources.workers=0": ["resources.workers=0", "greater than or equal to 1"],
+    "eval.benchmarks=[chess]": ["eval.benchmarks", "chess", "'refinement'"],
+    "data=ultrafeedback data.path=no.jsonl": ["data.path=no.jsonl: no such file"],
+    "data=ultrafeedback data.path=./no": ["data.path=./no", ".jsonl", "hub id", "'embedded'"],
+    "data=ultrafeedback data.path=evolve/embedded/config.json": ["data.path=evolve/embedded/config.json"],
+    "template.path=no.txt": ["template.path=no.txt: no such file"],
+    "template.path=LICENSE": ["template.path=LICENSE", "{prompt} 0 times"],
+    "model.path=no/such/folder": ["model.path=no/such/folder: no such folder"],
+    "model.path=conf": ["model.path=conf: no config.json"],
+    "model.chat_template=no.jinja": ["model.chat_template=no.jinja: no such file"],
+    "filter=reward_model reward_model.path=./no": ["reward_model.path=./no: no such folder"],
+    "data=ultrafeedback filter=verifier": ["filter.scorer=verifier", "filter=reward_model or filter=rule"],
+    "data=ultrafeedback eval.scorer=verifier": ["eval.scorer=verifier", "eval.scorer=reward_model"],
+    "filter=rule strategy=tree": ["strategy.expand=best", "strategy.expand=every"],
+    "filter=rule strategy=parallel": ["filter.name=rule", "strategy.name=parallel"],
+    "filter=rule filter.select=best_worst": ["filter.select=best_worst", "needs a scorer"],
+    "strategy.answers=1": ["strategy.answers=1", "at least 2"],
+    "data.sft_pairs=0": ["data.sft_pairs=0", "loss.sft_direct=0 loss.sft_refine=0"],
+    "filter=reward_model data.reward_model_pairs=0": ["data.reward_model_pairs=0", "reward_model.path"],
+    "trainer.micro_batch=7 trainer.batch_size=16": ["trainer.micro_batch=7", "trainer.batch_size=16", "1, 2, 4, 8, 16"],
+    "data.max_length=16 data.max_response_tokens=16": ["data.max_length=16", "data.max_response_tokens=16"],
+    "data.eval_path=LICENSE": ["data.eval_path", "leave it null"],
+    "loss=bth": ["loss=bth: no such choice", "both, none, pt, pt_only, sft, sft_only"],
+    "model=gpt": ["model=gpt: no such choice", "embedded, gemma2_9b"],
+    "experiment=figure9": ["experiment=figure9: no such choice", "figure1"],
+    "hydra/launcher=moon": ["hydra/launcher=moon: no such choice", "local", "joblib", "submitit_local"],
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_refused_in_one_line(tmp_path: Path, overrides: str) -> None:
+    line = refusal(tmp_path, *overrides.split())
+    assert "\n" not in line
+    assert [part for part in REFUSED[overrides] if part not in line] == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    line = refusal(tmp_path / "out", "data=ultrafeedback", f"data.path={file}", "model=embedded")
+    assert "has 1 usable rows" in line and "data.sft_pairs 10000" in line
+
+
+# ---- identity: what counts for a stage's id, and what does not
+
+BASES = [
+    composed("debug=fast"),
+    composed("debug=fast", "filter=reward_model", "strategy=tree", "eval.scorer=reward_model"),
+    composed("debug=fast", "filter=rule", "loss=none", "iteration.count=2", "iteration.data=all"),
+]
+RUNTIME = {
+    "resources.workers": st.integers(1, 64),
+    "resources.threads": st.integers(1, 64),
+    "resources.device": st.sampled_from(["auto", "cpu", "cuda"]),
+    "resources.retries": st.integers(0, 5),
+    "resources.lease_timeout": st.floats(5, 1e6),
+    "trainer.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
+    "trainer.gradient_checkpointing": st.booleans(),
+    "reward_model.micro_batch": st.integers(1, 64),
+    "engine.batch_size": st.integers(1, 4096),
+    "output": st.text("abc/", min_size=1),
+    "dry_run": st.booleans(),
+    "wandb.mode": st.sampled_from(["auto", "offline", "online", "disabled"]),
+    "wandb.project": st.text(),
+    "wandb.entity": st.none() | st.text(),
+    "model.name": st.text(),
+    "data.name": st.text(),
+    "loss.name": st.text(),
+    "filter.name": st.text(),
+}
+
+
+@given(st.permutations(["seed=3", "loss.alpha=0.5", "loss=pt", "strategy=tree", "debug=fast", "trainer.batch_size=32"]))
+@hypothesis_settings(max_examples=12, deadline=None)
+def test_order_of_overrides_does_not_matter(overrides: list[str]) -> None:
+    assert ids(load(*overrides)) == ids(load(*sorted(overrides)))
+
+
+@pytest.mark.parametrize("base", BASES)
+@given(st.fixed_dictionaries({}, optional=RUNTIME))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_runtime_settings_never_change_an_id(base: dict[str, Any], values: dict[str, Any]) -> None:
+    assert ids(changed(base, **values)) == ids(config.load(base))
+
+
+def test_every_other_setting_changes_an_id() -> None:
+    """Where it has an effect: the second base scores with a reward model and grows trees."""
+    idle = {
+        "data.revision",  # of a hub data set, which this is not
+        "data.eval_path",  # refused with the embedded world
+        "data.eval_split",  # as revision
+        "data.verifier",  # the reward model scores
+        "model.revision",  # of a hub id
+        "model.path",  # its content counts
+        "model.chat_template",  # a path, whose content counts
+        "data.path",  # its content counts
+        "template.path",  # its content counts
+        "template.name",
+        "reward_model.path",
+        "reward_model.revision",
+        "strategy.name",
+        "engine.name",
+        "judge.name",
+        "eval.benchmarks",
+    } | RUNTIME.keys()
+    base = BASES[1]
+    other: dict[str, Any] = {
+        "model.dtype": "bfloat16",
+        "model.checkpoint_dtype": "bfloat16",
+        "data.split": "other",
+        "data.max_characters": 100,
+        "strategy.expand": "every",
+        "template.text": "{prompt} {response}",
+        "template.separator": "|",
+        "loss.refine_contexts": "rejected",
+        "filter.scorer": "verifier",
+        "filter.select": "last_first",
+        "filter.unfinished": "keep",
+        "iteration.reference": "initial",
+        "iteration.start": "initial",
+        "iteration.data": "all",
+        "trainer.schedule": "cosine",
+        "eval.scorer": "verifier",
+    }
+    unnoticed = []
+    for key, value in leaves(base).items():
+        if key in idle:
+            continue
+        if key in other:
+            new = other[key]
+        elif isinstance(value, bool):
+            new = not value
+        else:
+            new = value * 2 if isinstance(value, int) and value else value / 2 or 1
+        reference = {"iteration.data": {"iteration.count": 2}}.get(key, {})
+        if ids(changed(base, **reference, **{key: new})) == ids(changed(base, **reference)):
+            unnoticed.append(f"{key}: {value} -> {new}")
+    assert unnoticed == []
+
+
+@given(st.floats(0, 1))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_alpha_belongs_to_preference_training(alpha: float) -> None:
+    base, other = config.load(BASES[0]), changed(BASES[0], **{"loss.alpha": alpha})
+    assert ids_of(other, "activate") == ids_of(base, "activate")
+    assert (ids_of(other, "train") == ids_of(base, "train")) == (alpha == base.loss.alpha)
+
+
+@given(beta=st.floats(1e-3, 10), scale=st.floats(0.1, 10), contexts=st.sampled_from(["both", "rejected"]))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_idle_weights_do_not_count(beta: float, scale: float, contexts: str) -> None:
+    values = {"loss.beta_refine": beta, "loss.refine_scale": scale, "loss.refine_contexts": contexts}
+    base = composed("debug=fast", "loss=none")
+    assert ids(changed(base, **values)) == ids(config.load(base))
+
+
+def test_losses_share_what_they_can() -> None:
+    members = {loss: load("debug=fast", f"loss={loss}") for loss in ("none", "sft", "pt", "both", "sft_only")}
+    shared = {loss: ids_of(member, "activate") for loss, member in members.items()}
+    assert shared["sft"] == shared["both"] == shared["sft_only"] != shared["none"] == shared["pt"]
+    assert len({*(tuple(ids_of(members[loss], "train")) for loss in ("none", "sft", "pt", "both"))}) == 4
+
+
+def test_tree_settings_belong_to_trees() -> None:
+    assert ids(load("strategy.branching=3", "strategy.expand=every")) == ids(load())
+    assert ids(load("strategy=tree", "strategy.branching=3")) != ids(load("strategy=tree"))
+
+
+def test_content_counts_not_its_path(tmp_path: Path) -> None:
+    template = tmp_path / "mine.txt"
+    template.write_text(composed()["template"]["text"])
+    same = load(f"template.path={template}")
+    trained = [stage_id for _, stage_id in ids(same) if not stage_id.startswith("evaluate/")]
+    assert trained == [stage_id for _, stage_id in ids(load()) if not stage_id.startswith("evaluate/")]
+    template.write_text(template.read_text() + "!")
+    other = config.load({**composed(), "template": {**composed()["template"], "path": str(template)}})
+    assert ids_of(other, "activate") != ids_of(same, "activate")
+
+
+if __name__ == "__main__":
+    DEFAULTS.write_text(default_config())
+    print(f"wrote {DEFAULTS}")
