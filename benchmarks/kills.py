@@ -71,8 +71,8 @@ def main() -> int:
         done = 0
         while done < kills:
             process = start(killed)
-            # Start-up takes about 10 s of each; a few stages are done before most kills, and some come before any.
-            time.sleep(chance.uniform(1, 12 + whole / kills))
+            # Start-up takes about 10 s of each: some kills come before any stage is done, most after a few.
+            time.sleep(chance.uniform(5, 20 + 2 * whole / kills))
             if process.poll() is not None:
                 break  # it had ended: nothing left to kill
             os.kill(process.pid, signal.SIGKILL)
@@ -95,7 +95,9 @@ def main() -> int:
             "stages": len(want),
             "lost": len(want.keys() - have.keys()),
             "broken": broken,
-            "different": sum(want[stage_id]["files"] != have[stage_id]["files"] for stage_id in want.keys() & have.keys()),
+            "different": sum(
+                want[stage_id]["files"] != have[stage_id]["files"] for stage_id in want.keys() & have.keys()
+            ),
             "run_twice": len(run_twice),
             "exit_status": [last, again],
         }

@@ -28,29 +28,24 @@ def measure(
         protocol: scorer, template, temperature ...: what a number must be quoted with.
 
     Raises:
-        ValueError: a turn has no scored answer at all.
+        ValueError: no prompt has all its answers scored.
     """
     turns = len(answers[0]["answers"])
+    # A prompt counts for every turn or for none, so that turns are compared over the same prompts.
+    whole = [row for row in scores if None not in row["scores"]]
+    dropped = {"prompts with an answer that has no score": len(scores) - len(whole)}
     metrics: list[dict[str, Any]] = []
     by_turn = []
-    unscored = 0
     for turn in range(turns):
-        rewards: dict[str, list[float]] = {}
-        correct: dict[str, list[float]] = {}
-        for row in scores:
-            if (value := row["scores"][turn]) is None:
-                unscored += 1
-                continue
-            rewards[row["id"]] = [value]
-            if row["correct"][turn] is not None:
-                correct[row["id"]] = [float(row["correct"][turn])]
+        rewards = {row["id"]: [row["scores"][turn]] for row in whole}
+        correct = {row["id"]: [float(row["correct"][turn])] for row in whole if row["correct"][turn] is not None}
         by_turn.append((rewards, correct))
         texts = [row["answers"] for row in answers]
         metrics.append(
             {
                 "turn": turn + 1,
                 "reward": asdict(statistics.mean(rewards)),
-                "accuracy": asdict(statistics.mean(correct)) if correct else None,
+                "accuracy": asdict(statistics.share(correct)) if correct else None,
                 "characters": fmean(len(made[turn]["text"]) for made in texts),
                 "unchanged": fmean(made[turn]["text"] == made[turn - 1]["text"] for made in texts) if turn else None,
             }
@@ -65,4 +60,4 @@ def measure(
             "accuracy": asdict(statistics.paired(last_right, first_right)) if first_right and last_right else None,
         },
     }
-    return result, {"answers without a score": unscored}
+    return result, dropped

@@ -39,6 +39,17 @@ def mean(clusters: Mapping[str, Sequence[float]]) -> Estimate:
     return Estimate(value, float(low), float(high), len(means))
 
 
+def share(clusters: Mapping[str, Sequence[float]]) -> Estimate:
+    """The share of prompts that are right, each 0 or 1, with Wilson's interval: it has a width at 0 and 1 too."""
+    from scipy import stats
+
+    right = [int(value) for values in clusters.values() for value in values]
+    if not right:
+        raise ValueError("no value to take a mean of")
+    interval = stats.binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return Estimate(sum(right) / len(right), float(interval.low), float(interval.high), len(right))
+
+
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
     """The mean over prompts of (after - before), for the prompts that both have."""
     common = [key for key in after if key in before and after[key] and before[key]]

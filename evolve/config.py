@@ -37,6 +37,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
+def _check_divides(section: str, batch_size: int, micro_batch: int) -> None:
+    if batch_size % micro_batch and micro_batch < batch_size:
+        fits = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise ValueError(
+            f"{section}.micro_batch={micro_batch}: doesn't divide {section}.batch_size={batch_size}; these do: {fits}"
+        )
+
+
 class LearningRates(Section):
     sft: Rate
     pt: Rate
@@ -137,6 +145,12 @@ class PreferenceWeights(Section):
     refine_scale: float | None
     nll: float
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Which sequences are needed: direct answers, refinements, or both."""
+        direct, refines = self.alpha < 1 or self.nll > 0, self.alpha > 0
+        return ("direct",) * direct + ("refine",) * refines
+
 
 class Loss(Section):
     name: str
@@ -188,6 +202,11 @@ class RewardModel(Section):
     batch_size: Positive
     micro_batch: Annotated[Positive, RUNTIME]
 
+    @model_validator(mode="after")
+    def _divides(self) -> RewardModel:
+        _check_divides("reward_model", self.batch_size, self.micro_batch)
+        return self
+
 
 class Iteration(Section):
     count: Count
@@ -228,12 +247,7 @@ class Trainer(Optimiser):
 
     @model_validator(mode="after")
     def _divides(self) -> Trainer:
-        if self.batch_size % self.micro_batch and self.micro_batch < self.batch_size:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise ValueError(
-                f"trainer.micro_batch={self.micro_batch}: doesn't divide trainer.batch_size={self.batch_size}; "
-                f"these do: {', '.join(map(str, fits))}"
-            )
+        _check_divides("trainer", self.batch_size, self.micro_batch)
         return self
 
 

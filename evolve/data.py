@@ -29,7 +29,9 @@ def is_file(path: str) -> bool:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text, or the last message of a list of messages."""
+    """A text, or the last message of a list of messages (a prompt's only one: earlier turns would be lost)."""
+    if isinstance(value, list) and len(value) > 1 and where.endswith("prompt"):
+        raise DataError(f"{where}: a conversation of {len(value)} messages; only prompts of one message are used")
     if isinstance(value, list) and value and isinstance(value[-1], dict) and isinstance(value[-1].get("content"), str):
         value = value[-1]["content"]
     if not isinstance(value, str):
@@ -91,7 +93,8 @@ def row_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def _ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[list[Row], dict[str, int]]:
+def ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[list[Row], dict[str, int]]:
+    """Usable rows, one a prompt, in the order that splits are taken from; and counts of those left out."""
     dropped = {"empty": 0, "too many characters": 0, "chosen is rejected": 0, "prompt seen before": 0}
     kept: dict[str, Row] = {}
     # In an order of their own, so that which of two rows with one prompt is kept is not the file's order either.
@@ -124,6 +127,7 @@ def slice_rows(
     start: int,
     count: int,
     reserve: int,
+    tail: int = 0,
     seed: int,
     split: str,
     eval_split: str | None,
@@ -144,10 +148,10 @@ def slice_rows(
             rows = [{"prompt": prompt} for prompt in world.prompts(start + count, seed, part)]
         rows = rows[start:]
     else:
-        rows, dropped = _ordered(read(path, split), seed, max_characters)
+        rows, dropped = ordered(read(path, split), seed, max_characters)
         own_eval = eval_path is not None or eval_split is not None
         if own_eval:
-            held_out, eval_dropped = _ordered(read(eval_path or path, eval_split or split), seed, max_characters)
+            held_out, eval_dropped = ordered(read(eval_path or path, eval_split or split), seed, max_characters)
             if pool == "eval":
                 rows, dropped = held_out, eval_dropped
             else:
@@ -160,6 +164,8 @@ def slice_rows(
             rows = rows[:reserve]
         else:
             rows = rows[reserve:]
+        if start >= 0 and pool != "eval":
+            rows = rows[: len(rows) - tail]
         first = len(rows) + start if start < 0 else start
         if first < 0 or first + count > len(rows):
             raise DataError(

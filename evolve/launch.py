@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve import plan, sources, workers
-from evolve.config import ROOT, Config
+from evolve.config import ROOT, Config, ConfigError
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
 from evolve.store import Store, digest
@@ -66,7 +66,12 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
     store = plan.store_of(configs[0])
     resolver = sources.Resolver(store.root / "digests", unpinned=dry)
     for config in configs:
-        resolver.check_rows(config.data, config.trained_iterations, config.uses_reward_model)
+        resolver.check_rows(
+            config.data,
+            trained=config.loss.sft is not None or config.loss.pt,
+            iterations=config.trained_iterations,
+            reward_model=config.uses_reward_model and config.reward_model.path is None,
+        )
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
     return Planned(graph, store, plan.judge(graph, store), resolver.warnings)
@@ -82,7 +87,10 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     show.plan(full=planned.config.dry_run)
     if planned.config.dry_run:
         return planned
-    write_sweep(planned)
+    try:
+        write_sweep(planned)
+    except OSError as error:
+        raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
     setting = Setting(
         Store(planned.store.root, planned.store.lease_timeout),
         planned.config.resources,

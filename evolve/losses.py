@@ -74,9 +74,9 @@ def preference(
 def needed(loss: PreferenceWeights) -> tuple[str, ...]:
     """The sequences that preference training with these weights has to run through the policy."""
     names: tuple[str, ...] = ()
-    if loss.alpha < 1 or loss.nll > 0:
+    if "direct" in loss.contexts:
         names += DIRECT
-    if loss.alpha > 0:
+    if "refine" in loss.contexts:
         names += REFINE if loss.refine_contexts == "both" else REFINE[:2]
     return names
 

@@ -89,7 +89,7 @@ class _Builder:
         self.eval_apart = self.eval_source is not None or (
             config.data.eval_split is not None and not sources.is_file(config.data.path)
         )
-        self.embedded = config.data.path == "embedded"  # whose rows never end
+        self.embedded = config.data.path == "embedded"  # whose pools are disjoint already
         self.pairs_used = config.data.sft_pairs + config.data.offline_pairs
         self.held_out = self.rows("eval", 0, config.data.eval_prompts)
         self.reward_model = self.scoring_model(resolve) if config.uses_reward_model else None
@@ -136,6 +136,7 @@ class _Builder:
             start=start,
             count=count,
             reserve=0 if self.eval_apart or self.embedded else data.eval_prompts,
+            tail=0 if self.embedded or self.config.reward_model.path else data.reward_model_pairs,
             seed=data.seed,
             split=data.split,
             eval_split=data.eval_split if self.eval_apart else None,
@@ -262,14 +263,12 @@ class _Builder:
 
     def train(self, start: Artefact, reference: Artefact, pairs: Mapping[str, Stage]) -> Stage:
         """Preference training from `start`, with the reference's log-probabilities of what the loss needs."""
-        config, loss = self.config, self.config.loss
-        contexts = [
-            name for name, used in (("direct", loss.alpha < 1 or loss.nll > 0), ("refine", loss.alpha > 0)) if used
-        ]
+        config, loss = self.config, self.config.loss.preference
+        assert loss is not None
         inputs: dict[str, Artefact] = {"model": start}
         for number, made in pairs.items():
             inputs[f"pairs_{number}"] = made
-            for context in contexts:
+            for context in loss.contexts:
                 inputs[f"reference_{context}_{number}"] = self.add(
                     "reference",
                     {"model": reference, "pairs": made},
@@ -283,7 +282,7 @@ class _Builder:
         return self.add(
             "train",
             inputs,
-            loss=loss.preference,
+            loss=loss,
             epochs=config.trainer.epochs.pt,
             learning_rate=config.model.learning_rate.pt,
             starts_at_reference=start.id == reference.id,

@@ -43,7 +43,9 @@ class Verifier:
 class RewardModel:
     """A sequence-classification model of one output, over the chat layout of prompt and answer.
 
-    Answers are batched by length; padding is masked, so a score doesn't depend on its batch (beyond rounding).
+    An empty answer is scored as what it is: to leave it out would favour models that fail. One longer than
+    `max_length` has no score. Answers are batched by length; padding is masked, so a score doesn't depend on its batch
+    (beyond rounding).
     """
 
     def __init__(self, path: Path, *, chat_template: str | None, trust_remote_code: bool, dtype: str, max_length: int,
@@ -64,13 +66,10 @@ class RewardModel:
     def __call__(self, items: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> list[Score]:
         import torch
 
-        encoded = [
-            templates.encode(self.tokenizer, templates.direct(prompt), answer).ids if answer.strip() else []
-            for prompt, answer in items
-        ]
+        encoded = [templates.encode(self.tokenizer, templates.direct(prompt), answer).ids for prompt, answer in items]
         scores: list[Score] = [Score(None)] * len(items)
         order = sorted(
-            (index for index, ids in enumerate(encoded) if 0 < len(ids) <= self.max_length),
+            (index for index, ids in enumerate(encoded) if len(ids) <= self.max_length),
             key=lambda index: (len(encoded[index]), index),
         )
         with torch.inference_mode():

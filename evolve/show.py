@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def console() -> Console:
     """A terminal's own width; where there is none (a log, a pipe), room enough for a table's row on one line."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=160)
+    found = Console(highlight=False, markup=False)  # names and messages hold brackets of their own
+    return found if found.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def duration(seconds: float) -> str:
@@ -138,7 +138,7 @@ class Show:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.live = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),

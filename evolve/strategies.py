@@ -27,7 +27,8 @@ class Ask:
 class Answer:
     """One answer: its text, the answers it saw, its turn (1 = direct), its length in tokens, how it ended.
 
-    end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (its prompt left no room: not made).
+    end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (not made: its prompt left no room, or
+    an answer that it was to see was not made).
     """
 
     text: str
@@ -106,6 +107,7 @@ class Request:
     prompt: str
     earlier: tuple[str, ...]
     seed: int
+    possible: bool = True  # False: an answer it would show was not made, so this one can't be either
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def run(
                 prompt,
                 tuple(made[index][given].text for given in wanted.given),
                 seed(base_seed, prompt, number),
+                possible=all(made[index][given].end != "too long" for given in wanted.given),
             )
             for number, wanted in pending[index].items()
         ]

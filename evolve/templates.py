@@ -66,23 +66,35 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str, finished: bool = True) -> Encoded:
     """Ids of a prompt and its answer; the end token is part of the answer if the answer was finished.
 
-    Raises ValueError if the chat template lays a prompt out differently once an answer follows.
+    The answer's text is tokenised by itself, as a model that generates it starts from the prompt's last token: so the
+    prompt's ids are `encode_prompt`'s whatever the answer starts with.
+
+    Raises ValueError if the chat template lays a prompt out differently once an answer follows, or ends an answer with
+    something other than the end token that generation stops at.
     """
     prompt = encode_prompt(tokenizer, messages)
-    whole: Any = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": answer}], tokenize=True, return_dict=False
-    )
-    if whole[: len(prompt)] != prompt:
+    before = _render(tokenizer, messages, add_generation_prompt=True)
+    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    if not whole.startswith(before):
         raise ValueError(
-            "the chat template changes the prompt's tokens when an answer follows, so what is trained would not be "
-            "what is generated; set model.chat_template to one that doesn't"
+            "the chat template changes the prompt's text when an answer follows, so what is trained would not be what "
+            "is generated; set model.chat_template to one that doesn't"
         )
-    answer_ids = whole[len(prompt) :]
+    answer_ids: Any = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    if end in answer_ids:  # many templates write a newline behind it; a model never does
-        cut = len(answer_ids) - 1 - answer_ids[::-1].index(end)
-        answer_ids = answer_ids[: cut + 1] if finished else answer_ids[:cut]
-    return Encoded(prompt + answer_ids, len(prompt))
+    if end not in answer_ids:
+        raise ValueError(
+            f"the chat template doesn't end an answer with the end token {tokenizer.eos_token!r}, so a model trained "
+            "on it would never stop; set model.chat_template to one that does"
+        )
+    cut = (
+        len(answer_ids) - 1 - answer_ids[::-1].index(end)
+    )  # many templates write a newline behind it; a model never does
+    return Encoded(prompt + answer_ids[: cut + 1 if finished else cut], len(prompt))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False))
 
 
 def _check_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:

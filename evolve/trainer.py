@@ -45,8 +45,7 @@ def sft_objective(loss: SFTWeights) -> Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lengths = batch["chosen_tokens"]
         metrics = {
-            f"nll_{name.split('_')[0]}": -logp[name].detach() / lengths
-            for name in logp  # nll_direct, nll_rejected: by context
+            "nll_direct" if name == "direct_chosen" else "nll_refine": -logp[name].detach() / lengths for name in logp
         }
         return losses.sft(logp, loss, tokens), metrics
 
@@ -84,7 +83,6 @@ class PairTrainer(Trainer):
         super().__init__(data_collator=self._collate, callbacks=[_Steps(self, on_step)], **kw)
         # The objective divides by the whole step's items, so the Trainer must not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
-        self.can_return_loss = True
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs: list[EncodedPair] = [example["pair"] for example in examples]
@@ -102,11 +100,7 @@ class PairTrainer(Trainer):
         return batch
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        items = torch.tensor(sum(self.objective.items(batch) for batch in batch_samples), device=device)
-        if self.args.world_size > 1:
-            # Gradients are averaged over processes, so each divides by the mean of their counts.
-            items = self.accelerator.gather(items).sum() / self.args.world_size
-        return items
+        return torch.tensor(sum(self.objective.items(batch) for batch in batch_samples), device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -205,6 +199,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        one_device(arguments)
         trainer = PairTrainer(
             objective,
             pad_id,
@@ -217,6 +212,12 @@ def train(
         trainer.remove_callback(_printer())
         trainer.train()
     return trainer.steps
+
+
+def one_device(arguments: TrainingArguments) -> None:
+    """Keeps the Trainer from splitting batches over all GPUs that it sees (DataParallel): a stage has one device."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
 
 
 def _printer() -> type:

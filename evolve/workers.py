@@ -58,7 +58,10 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
     store = setting.store
     started = time.time()
     log = setting.logs / f"{stage.id.replace('/', '-')}.log"
-    lease = store.lease(stage)
+    try:
+        lease = store.lease(stage)
+    except OSError as error:
+        return Outcome("failed", f"{store.root}: can't be written to ({error.strerror})", log)
     if lease is None:
         return Outcome("busy")
     with lease:
@@ -181,9 +184,11 @@ class Workers:
         return self.size - sum(worker.stage is not None for worker in self._workers)
 
     def start(self, stage: Stage) -> None:
+        self._workers = [worker for worker in self._workers if worker.stage is not None or worker.process.is_alive()]
         worker = next((worker for worker in self._workers if worker.stage is None), None) or self._spawn()
         worker.stage = stage
-        worker.pipe.send(stage)
+        with contextlib.suppress(BrokenPipeError):  # it has died since: `wait` finds out and says so
+            worker.pipe.send(stage)
 
     def _spawn(self) -> _Worker:
         ours, theirs = self._context.Pipe()

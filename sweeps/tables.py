@@ -53,11 +53,12 @@ def title(sweep: Sweep, metric: str) -> str:
     found = [measurement for member in sweep.members for measurement in member.measurements]
     protocols = sorted({measurement.metrics["protocol"] for measurement in found})
     counts = sorted({measurement.metrics["turns"][0]["reward"]["n"] for measurement in found})
-    unscored = sum(sum(measurement.record["dropped"].values()) for measurement in found)
+    dropped = {measurement.id: sum(measurement.record["dropped"].values()) for measurement in found}
+    unscored = sum(dropped.values())
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{METRICS[metric]} on {n} held-out prompts, ±: 95 % interval by prompt; {'; '.join(protocols)}; "
-        f"{unscored or 'no'} unscored answers; gain: refined - direct, paired"
+        f"{METRICS[metric]} on {n} held-out prompts, ±: 95 % interval over prompts (not over training seeds); "
+        f"{'; '.join(protocols)}; {unscored or 'no'} prompts unscored; gain: refined - direct, paired"
     )
 
 

@@ -19,7 +19,7 @@ from sweeps.collect import Measurement, MemberResult, Sweep
 
 
 def run_id(member: MemberResult) -> str:
-    return digest(member.identity)[:16]
+    return digest([step["id"] for step in member.steps])[:16]
 
 
 def mode(wanted: str) -> Any:

@@ -98,7 +98,7 @@ def test_measure_by_turn():
         [["a", "bb", "bb"], ["a", "b", "c"], ["d", "d", "d"]],
     )
     metrics, unscored = refinement.measure(answers, scores, "as agreed")
-    assert unscored == {"answers without a score": 0}
+    assert unscored == {"prompts with an answer that has no score": 0}
     assert (metrics["benchmark"], metrics["protocol"]) == ("refinement", "as agreed")
     turns = metrics["turns"]
     assert [turn["turn"] for turn in turns] == [1, 2, 3]
@@ -112,15 +112,23 @@ def test_measure_by_turn():
 
 
 def test_unscored_answers_are_left_out_and_counted():
-    """A mean is over those that have a score, a gain over prompts scored at both ends."""
-    answers, scores = made([[0.0, None, 1.0], [0.5, 0.5, None], [None, 1.0, 0.5], [0.25, 0.0, 0.75]])
+    """A prompt with an unscored answer counts for no turn: turns are compared over the same prompts."""
+    answers, scores = made([[0.0, 0.5, 1.0], [0.5, 0.5, None], [None, 1.0, 0.5], [0.25, 0.0, 0.75]])
     metrics, unscored = refinement.measure(answers, scores, "")
-    assert unscored == {"answers without a score": 3}
-    assert [turn["reward"]["n"] for turn in metrics["turns"]] == [3, 3, 3]
-    assert [turn["reward"]["value"] for turn in metrics["turns"]] == pytest.approx([0.25, 0.5, 0.75])
+    assert unscored == {"prompts with an answer that has no score": 2}
+    assert [turn["reward"]["n"] for turn in metrics["turns"]] == [2, 2, 2]
+    assert [turn["reward"]["value"] for turn in metrics["turns"]] == pytest.approx([0.125, 0.25, 0.875])
     assert all(turn["accuracy"] is None for turn in metrics["turns"])
     assert (metrics["gain"]["reward"]["value"], metrics["gain"]["reward"]["n"]) == (pytest.approx(0.75), 2)
     assert metrics["gain"]["accuracy"] is None
+
+
+def test_share_has_a_width_at_both_ends():
+    """Wilson's interval against its formula at p = 0: z^2 / (n + z^2)."""
+    none = statistics.share({str(number): [0.0] for number in range(20)})
+    assert (none.value, none.low) == (0.0, pytest.approx(0.0, abs=1e-12))
+    assert none.high == pytest.approx(1.959964**2 / (20 + 1.959964**2), rel=1e-5)
+    assert statistics.share({"a": [1.0], "b": [0.0]}).value == 0.5
 
 
 def test_a_turn_without_any_score_is_refused():

@@ -95,8 +95,14 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     shifting = "{{ bos_token }}{% if messages|length > 1 %}0{% endif %}" + tokenizer.chat_template.removeprefix(
         "{{ bos_token }}"
     )
-    with pytest.raises(ValueError, match="changes the prompt's tokens"):
+    with pytest.raises(ValueError, match="changes the prompt's text"):
         templates.encode(changed(tokenizer, shifting), templates.direct(PROMPT), ANSWER)
+
+
+def test_a_template_that_never_ends_an_answer_is_refused(tokenizer):
+    endless = tokenizer.chat_template.replace("+ eos_token", "")
+    with pytest.raises(ValueError, match="doesn't end an answer"):
+        templates.encode(changed(tokenizer, endless), templates.direct(PROMPT), ANSWER)
 
 
 @pytest.mark.parametrize("layout", ["{{ bos_token }}", "0 1"], ids=["twice", "late"])

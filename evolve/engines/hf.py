@@ -94,6 +94,9 @@ class HFEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
+            if not request.possible:
+                self._refused.append(Completion(request.key, "", 0, "too long"))
+                continue
             messages = (
                 templates.refine(self.template, request.prompt, request.earlier)
                 if request.earlier

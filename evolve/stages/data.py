@@ -19,6 +19,7 @@ class Config(Section):
     start: int  # of the slice in its pool; negative: from the end
     count: int
     reserve: int  # rows at the start of the source that are held out, so not in any pool but eval
+    tail: int  # rows at its end that are a reward model's, so not in any other slice
     seed: int
     split: str
     eval_split: str | None
@@ -33,6 +34,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         start=config.start,
         count=config.count,
         reserve=config.reserve,
+        tail=config.tail,
         seed=config.seed,
         split=config.split,
         eval_split=config.eval_split,

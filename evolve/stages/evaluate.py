@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from evolve.config import Section
+from evolve.config import RUNTIME, Section
 from evolve.stages import Context, read_rows
 from evolve.store import Report
 
@@ -16,7 +16,8 @@ VERSION = 1
 
 class Config(Section):
     benchmark: Literal["refinement"]
-    protocol: str
+    # What to quote a number with: the inputs' identities say the same, and names in it are only names.
+    protocol: Annotated[str, RUNTIME]
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:

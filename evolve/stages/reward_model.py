@@ -34,6 +34,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     from trl import RewardConfig, RewardTrainer
 
     from evolve import templates
+    from evolve.trainer import one_device
 
     tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
     rows = read_rows(inputs["pairs"] / "rows.jsonl")
@@ -61,28 +62,30 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             context.progress(state.global_step, state.max_steps)
 
     with tempfile.TemporaryDirectory() as scratch:
+        arguments = RewardConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=config.batch_size // micro,
+            num_train_epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            warmup_steps=0.1,
+            max_length=None,
+            bf16=config.model.dtype == "bfloat16",
+            gradient_checkpointing=False,
+            use_cpu=context.device == "cpu",
+            seed=config.seed,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        one_device(arguments)
         trainer = RewardTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(encoded),
             callbacks=[Steps()],
-            args=RewardConfig(
-                output_dir=scratch,
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=config.batch_size // micro,
-                num_train_epochs=config.epochs,
-                learning_rate=config.learning_rate,
-                warmup_steps=0.1,
-                max_length=None,
-                bf16=config.model.dtype == "bfloat16",
-                gradient_checkpointing=False,
-                use_cpu=context.device == "cpu",
-                seed=config.seed,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
+            args=arguments,
         )
         trainer.train()
     model.to(getattr(torch, config.checkpoint_dtype)).save_pretrained(out)
