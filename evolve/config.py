@@ -314,6 +314,10 @@ class Config(Section):
         needs = [self.eval_scorer] + ([self.filter.scorer] if self.trained_iterations else [])
         return "reward_model" in needs
 
+    @property
+    def trains_reward_model(self) -> bool:
+        return self.uses_reward_model and self.reward_model.path is None
+
     @model_validator(mode="after")
     def _agrees(self) -> Config:
         """Settings that are each allowed, and contradict one another."""
@@ -347,7 +351,7 @@ class Config(Section):
             refuse(f"strategy.answers={self.strategy.answers}: a pair needs at least 2 answers")
         if self.loss.sft and not self.data.sft_pairs:
             refuse("data.sft_pairs=0: the loss has an SFT term; set loss.sft_direct=0 loss.sft_refine=0 or more pairs")
-        if self.uses_reward_model and self.reward_model.path is None and not self.data.reward_model_pairs:
+        if self.trains_reward_model and not self.data.reward_model_pairs:
             refuse("data.reward_model_pairs=0: a reward model is to be trained; set reward_model.path or more pairs")
         if self.data.path == "embedded" and self.data.eval_path:
             refuse("data.eval_path: data.path=embedded makes its own held-out prompts; leave it null")

@@ -70,7 +70,7 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
             config.data,
             trained=config.loss.sft is not None or config.loss.pt,
             iterations=config.trained_iterations,
-            reward_model=config.uses_reward_model and config.reward_model.path is None,
+            reward_model=config.trains_reward_model,
         )
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])

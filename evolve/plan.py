@@ -136,7 +136,7 @@ class _Builder:
             start=start,
             count=count,
             reserve=0 if self.eval_apart or self.embedded else data.eval_prompts,
-            tail=0 if self.embedded or self.config.reward_model.path else data.reward_model_pairs,
+            tail=0 if self.embedded or not self.config.trains_reward_model else data.reward_model_pairs,
             seed=data.seed,
             split=data.split,
             eval_split=data.eval_split if self.eval_apart else None,
@@ -319,7 +319,7 @@ def judge(graph: Graph, store: Store) -> dict[str, Verdict]:
         if records[node.id] is not None:
             verdicts[node.id] = Verdict(True)
         elif store.folder(node.id).exists():
-            verdicts[node.id] = Verdict(False, "its result is damaged", _expected(node, others.get(node.kind, [])))
+            verdicts[node.id] = Verdict(False, "a damaged result", _expected(node, others.get(node.kind, [])))
         else:
             peers = others.get(node.kind, [])
             verdicts[node.id] = Verdict(False, _why(node, peers, verdicts), _expected(node, peers))

@@ -326,7 +326,7 @@ def test_plan_sees_what_is_damaged(copied: Path, damage: str) -> None:
         record = model.with_name("record.json")
         record.write_text(record.read_text().replace('"epochs": 1', '"epochs": 2'))
     done = evolve(copied, *MEMBER, "dry_run=true")
-    assert done.returncode == 0 and " 1 new" in done.stdout and "its result is damaged" in done.stdout
+    assert done.returncode == 0 and " 1 new" in done.stdout and "a damaged result" in done.stdout
 
 
 # ---- several processes
