@@ -58,7 +58,7 @@ def test_canonical_json_comes_back(number, whole, text):
     assert canonical(dict(reversed(value.items()))) == canonical(value)
 
 
-@pytest.mark.parametrize("value", [{1}, object(), float("nan"), float("inf"), b"x", Config, {(1,): 2}], ids=repr)
+@pytest.mark.parametrize("value", [{1}, object(), float("nan"), float("inf"), b"x", Config, {(1,): 2}])
 def test_what_has_no_stable_form_raises(value):
     with pytest.raises((TypeError, ValueError)):
         digest({"value": value})
