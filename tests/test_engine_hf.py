@@ -8,6 +8,7 @@ from scipy import stats
 from evolve import engines, strategies, templates
 from evolve.config import Engine, Sampling
 from evolve.engines.hf import draw, uniform
+from evolve.stages import ModelSettings
 from evolve.strategies import Completion, Request
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1)
@@ -22,18 +23,9 @@ def ledger(seed):
 @pytest.fixture(scope="module")
 def load(tiny, template):
     def load(sampling, batch=8, new=12, length=128):
-        return engines.load(
-            Engine(name="hf", batch_size=batch),
-            tiny,
-            chat_template=None,
-            trust_remote_code=False,
-            dtype="float32",
-            template=template,
-            sampling=sampling,
-            max_new_tokens=new,
-            max_length=length,
-            device="cpu",
-        )
+        read = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
+        task = engines.Task(tiny, read, template, sampling, new, length, "cpu")
+        return engines.load(Engine(name="hf", batch_size=batch), task)
 
     return load
 

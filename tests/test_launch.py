@@ -119,7 +119,8 @@ def watched(out: Path) -> Iterator[Counter[str]]:
 
     def look() -> None:
         while not stop.wait(0.001):
-            seen.update(path.name for path in out.glob("store/*/.tmp-*-*") if not path.name.startswith(".tmp-lease"))
+            found = out.glob("store/*/.tmp-*-*")
+            seen.update(path.name for path in found if path.suffix != ".owner" and ".tmp-lease" not in path.name)
 
     thread = threading.Thread(target=look)
     thread.start()

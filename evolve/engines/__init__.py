@@ -10,12 +10,30 @@ An engine draws each answer from its request's own seed, so that results don't d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from evolve.config import Engine as Settings
 from evolve.config import Sampling, Template
+from evolve.stages import ModelSettings
 from evolve.strategies import Completion, Request
+
+
+@dataclass(frozen=True)
+class Task:
+    """What any engine has to know: the model and how to read it, how to lay out and draw answers, how long they may be.
+
+    `template` is None where nothing is refined; `max_length` is in tokens of prompt and answer together.
+    """
+
+    model: Path
+    read: ModelSettings
+    template: Template | None
+    sampling: Sampling
+    max_new_tokens: int
+    max_length: int
+    device: str
 
 
 class Engine(Protocol):
@@ -26,31 +44,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def load(
-    settings: Settings,
-    model: Path,
-    *,
-    chat_template: str | None,
-    trust_remote_code: bool,
-    dtype: str,
-    template: Template,
-    sampling: Sampling,
-    max_new_tokens: int,
-    max_length: int,
-    device: str,
-) -> Engine:
-    """The engine that `engine=` names, with a model loaded."""
+def load(settings: Settings, task: Task) -> Engine:
+    """The engine that `engine=` names, with the task's model loaded."""
     from evolve.engines.hf import HFEngine
 
-    return {"hf": HFEngine}[settings.name](
-        model,
-        chat_template=chat_template,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        template=template,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        batch_size=settings.batch_size,
-        device=device,
-    )
+    return {"hf": HFEngine}[settings.name](task, settings.batch_size)

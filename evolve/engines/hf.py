@@ -8,7 +8,6 @@ has been drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from evolve import templates
-from evolve.config import Sampling, Template
+from evolve.engines import Task
 from evolve.strategies import Completion, Request
 
 _MASK = 0xFFFFFFFF
@@ -59,35 +58,19 @@ class _Draw(LogitsProcessor):
 
 
 class HFEngine:
-    def __init__(
-        self,
-        model: Path,
-        *,
-        chat_template: str | None,
-        trust_remote_code: bool,
-        dtype: str,
-        template: Template,
-        sampling: Sampling,
-        max_new_tokens: int,
-        max_length: int,
-        batch_size: int,
-        device: str,
-    ):
-        self.tokenizer = templates.load_tokenizer(model, chat_template, trust_remote_code)
+    def __init__(self, task: Task, batch_size: int):
+        self.task, self.batch_size = task, batch_size
+        self.tokenizer = templates.load_tokenizer(task.model, task.read.chat_template, task.read.trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            task.model, dtype=getattr(torch, task.read.dtype), trust_remote_code=task.read.trust_remote_code
         )
-        self.model = loaded.to(device)
-        self.model.eval()
-        self.template, self.sampling = template, sampling
-        self.max_new_tokens, self.max_length = max_new_tokens, max_length
-        self.batch_size, self.device = batch_size, device
+        self.model = loaded.to(task.device).eval()
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
         # The model's own sampling habits (repetition penalties and such) are not part of the experiment.
         self.model.generation_config = GenerationConfig(
-            eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=max_new_tokens
+            eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=task.max_new_tokens
         )
         self._queue: list[tuple[list[int], Request]] = []
         self._refused: list[Completion] = []
@@ -97,13 +80,13 @@ class HFEngine:
             if not request.possible:
                 self._refused.append(Completion(request.key, "", 0, "too long"))
                 continue
-            messages = (
-                templates.refine(self.template, request.prompt, request.earlier)
-                if request.earlier
-                else templates.direct(request.prompt)
-            )
+            if request.earlier:
+                assert self.task.template is not None, "a strategy that refines needs a template"
+                messages = templates.refine(self.task.template, request.prompt, request.earlier)
+            else:
+                messages = templates.direct(request.prompt)
             ids = templates.encode_prompt(self.tokenizer, messages)
-            if len(ids) + self.max_new_tokens > self.max_length:
+            if len(ids) + self.task.max_new_tokens > self.task.max_length:
                 self._refused.append(Completion(request.key, "", 0, "too long"))
             else:
                 self._queue.append((ids, request))
@@ -128,17 +111,17 @@ class HFEngine:
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             mask[row, width - len(ids) :] = 1
         processors = LogitsProcessorList()
-        if self.sampling.temperature > 0:
-            processors.append(TemperatureLogitsWarper(self.sampling.temperature))
-            if self.sampling.top_k:
-                processors.append(TopKLogitsWarper(self.sampling.top_k))
-            if self.sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(self.sampling.top_p))
-            seeds = torch.tensor([request.seed for _, request in batch], device=self.device)
+        if self.task.sampling.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.task.sampling.temperature))
+            if self.task.sampling.top_k:
+                processors.append(TopKLogitsWarper(self.task.sampling.top_k))
+            if self.task.sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(self.task.sampling.top_p))
+            seeds = torch.tensor([request.seed for _, request in batch], device=self.task.device)
             processors.append(_Draw(seeds, width))
         output = self.model.generate(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device),
+            input_ids=input_ids.to(self.task.device),
+            attention_mask=mask.to(self.task.device),
             logits_processor=processors,
             do_sample=False,
         )[:, width:].tolist()

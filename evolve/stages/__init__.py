@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evolve.config import Section
+from evolve.config import Optimiser, Section, Template
 from evolve.store import Report, Source, Stage
 
 KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "evaluate")
@@ -63,6 +63,20 @@ class ModelSettings(Section):
     dtype: str
     chat_template: str | None
     trust_remote_code: bool
+
+
+class Fitting(Section):
+    """What activation and preference training have in common; `loss` is each one's own."""
+
+    model: ModelSettings
+    checkpoint_dtype: str
+    template: Template
+    optimiser: Optimiser
+    epochs: int
+    learning_rate: float
+    max_length: int
+    max_dropped: float
+    seed: int
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from evolve.config import Optimiser, Section, SFTWeights, Template
-from evolve.stages import Context, ModelSettings, read_rows, write_rows
+from evolve.config import SFTWeights
+from evolve.stages import Context, Fitting, read_rows, write_rows
 from evolve.store import Report
 
 VERSION = 1
 
 
-class Config(Section):
-    model: ModelSettings
-    checkpoint_dtype: str
-    template: Template
+class Config(Fitting):
     loss: SFTWeights
-    optimiser: Optimiser
-    epochs: int
-    learning_rate: float
-    max_length: int
-    max_dropped: float
-    seed: int
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:

@@ -49,18 +49,16 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             value = scorer([(prompt, answer)], lambda done, total: None)[0].value
             return float("-inf") if value is None else value
 
-    engine = engines.load(
-        config.engine,
-        inputs["model"],
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-        dtype=config.model.dtype,
-        template=config.template or Template(name="none", text="{prompt}{response}", separator="", path=None),
+    task = engines.Task(
+        model=inputs["model"],
+        read=config.model,
+        template=config.template,
         sampling=config.sampling,
         max_new_tokens=config.max_new_tokens,
         max_length=config.max_length,
         device=context.device,
     )
+    engine = engines.load(config.engine, task)
     asked = len(kept) * config.strategy.answers
     made = 0
 

@@ -6,28 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve.config import Optimiser, PreferenceWeights, Section, Template
-from evolve.stages import Context, ModelSettings, read_rows, write_rows
+from evolve.config import PreferenceWeights
+from evolve.stages import Context, Fitting, read_rows, write_rows
 from evolve.store import Report
 
 if TYPE_CHECKING:
-    from evolve.stages import activate
     from evolve.trainer import Objective
 
 VERSION = 1
 
 
-class Config(Section):
-    model: ModelSettings
-    checkpoint_dtype: str
-    template: Template
+class Config(Fitting):
     loss: PreferenceWeights
-    optimiser: Optimiser
-    epochs: int
-    learning_rate: float
-    max_length: int
-    max_dropped: float
-    seed: int
     starts_at_reference: bool  # then the first step's losses are known exactly, and checked
 
 
@@ -58,7 +48,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
 
 
 def fit(
-    config: Config | activate.Config,
+    config: Fitting,
     objective: Objective,
     rows: Sequence[Mapping[str, Any]],
     reference: Mapping[str, Mapping[str, float]] | None,
