@@ -26,6 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -70,7 +71,7 @@ class Data(Section):
     eval_path: str | None
     eval_split: str | None
     verifier: Literal["ledger"] | None
-    seed: int
+    seed: Seed
     eval_prompts: Positive
     sft_pairs: Count
     offline_pairs: Count
@@ -116,7 +117,10 @@ class Template(Section):
             file = find(values["path"])
             if file is None or not file.is_file():
                 raise ValueError(f"template.path={values['path']}: no such file")
-            values = {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+            try:
+                values = {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+            except UnicodeDecodeError:
+                raise ValueError(f"template.path={values['path']}: not a text in UTF-8") from None
         return values
 
     @model_validator(mode="after")
@@ -259,7 +263,7 @@ class Eval(Section):
     benchmarks: tuple[Literal["refinement"], ...]
     turns: Annotated[int, Field(ge=1, le=64)]
     temperature: Weight
-    seed: int
+    seed: Seed
     scorer: Literal["auto", "verifier", "reward_model"]
 
 
@@ -293,10 +297,10 @@ class Config(Section):
     trainer: Trainer
     judge: Judge
     eval: Eval
-    seed: int
+    seed: Seed
     resources: Annotated[Resources, RUNTIME]
     wandb: Annotated[Wandb, RUNTIME]
-    output: Annotated[str, RUNTIME]
+    output: Annotated[str, Field(min_length=1), RUNTIME]
     dry_run: Annotated[bool, RUNTIME]
 
     @property
@@ -442,4 +446,8 @@ def one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
         options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
         choices = ", ".join(options[1].split()) if options else "none"
         return f"{match[1]}={match[2]}: no such choice; {match[1]} is one of: {choices}"
+    if "expecting" in text:  # the override grammar's own words name no key
+        return (
+            f"{text.split(' See http')[0]}; a value with spaces or special characters goes in quotes: 'key=\"value\"'"
+        )
     return text

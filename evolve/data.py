@@ -71,7 +71,7 @@ def _parse(path: str) -> list[tuple[int, Any]]:
     number = 0
     try:
         opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 content = json.load(file)
                 if not isinstance(content, list):

@@ -114,7 +114,7 @@ class Resolver:
                 rows, _ = ordered(read(str(file), data.split), data.seed, data.max_characters)
                 self._seen[known] = Source("rows", "", str(len(rows)))
         except (DataError, OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.path={data.path}: {error}") from None
+            raise ConfigError(f"data.path={data.path}{str(error).removeprefix(str(file))}") from None
         have = int(self._seen[known].digest)
         wants = {
             "data.eval_prompts": 0 if data.eval_path else data.eval_prompts,

@@ -54,6 +54,8 @@ def load(folder: Path) -> Sweep:
         content = json.loads((folder / "sweep.json").read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder}: no sweep.json, so no sweep's folder; outputs/sweeps/ has them") from None
+    except ValueError:
+        raise FileNotFoundError(f"{folder}: its sweep.json is damaged; the sweep's command writes it again") from None
     store = Store((folder / content["store"]).resolve())
     known: dict[str, Measurement | None] = {}
     members = []

@@ -182,6 +182,8 @@ REFUSED = {
     "+wibble=1": ["wibble: unknown key; ", "strategy"],
     "+strategy=tree": ["strategy"],
     "~loss.alpha": ["loss.alpha: not set"],
+    "seed=-1": ["seed=-1", "greater than or equal to 0"],
+    "eval.seed=4294967296": ["eval.seed=4294967296", "less than"],
     "seed=x": ["seed=x", "integer"],
     "iteration.count=0.5": ["iteration.count=0.5", "integer"],
     "loss.alpha=null": ["loss.alpha=None", "number"],
