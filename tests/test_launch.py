@@ -53,7 +53,14 @@ def started(out: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own; whatever is left of it is killed at the end."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command(out, *words), cwd=out.parent, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command(out, *words),
+        cwd=out.parent,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        # Tests that are run in the background inherit an ignored SIGINT, and Python then leaves it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
