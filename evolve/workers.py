@@ -193,7 +193,11 @@ class Workers:
     def _spawn(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self.setting), daemon=True)
+        # Ctrl-C is the parent's to handle. A worker starts with it blocked, so that none reaches it while it imports;
+        # one that comes just now reaches the parent when it is let through again.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
@@ -239,7 +243,7 @@ class Workers:
 
 
 def _serve(pipe: Connection, setting: Setting) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that lease and folder are given back
     parent = multiprocessing.parent_process()
 
