@@ -16,7 +16,7 @@ from typing import Any
 from evolve import sources
 from evolve.config import Config, Sampling, Strategy
 from evolve.stages import ModelSettings, stage
-from evolve.store import Corrupt, Source, Stage, Store, flatten, settings
+from evolve.store import Corrupt, Source, Stage, Store, flatten
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,6 @@ def describe(member: Member) -> dict[str, Any]:
     return {
         "name": member.name,
         "config": member.config.model_dump(mode="json"),
-        "identity": settings(member.config, defaults=False),
         "steps": [{"phase": step.phase, "kind": step.stage.kind, "id": step.stage.id} for step in member.steps],
     }
 

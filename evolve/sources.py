@@ -26,6 +26,7 @@ class Resolver:
     def __init__(self, cache: Path | None, unpinned: bool = False):
         self.cache, self.unpinned = cache, unpinned
         self._seen: dict[tuple[Any, ...], Source] = {}
+        self._checked: set[tuple[int, ...]] = set()
         self.warnings: list[str] = []
         self._unreachable: Exception | None = None
 
@@ -90,6 +91,10 @@ class Resolver:
     def _check_embedded(self, data: Data, iterations: int) -> None:
         from evolve import world
 
+        asked = (data.seed, data.eval_prompts, data.prompts * iterations, data.sft_pairs + data.offline_pairs)
+        if asked in self._checked:  # most members of a sweep ask for the same
+            return
+        self._checked.add(asked)
         try:
             world.prompts(data.eval_prompts, data.seed, "test")
             world.prompts(data.prompts * iterations, data.seed, "train")

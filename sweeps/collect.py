@@ -26,7 +26,6 @@ class MemberResult:
 
     name: str
     config: dict[str, Any]
-    identity: dict[str, Any]
     steps: list[dict[str, str]]
     measurements: list[Measurement]
     missing: list[str]
@@ -70,9 +69,7 @@ def load(folder: Path) -> Sweep:
                 found.append(Measurement(step["phase"], measurement.id, measurement.metrics, measurement.record))
             else:
                 missing.append(step["phase"])
-        members.append(
-            MemberResult(member["name"], member["config"], member["identity"], member["steps"], found, missing)
-        )
+        members.append(MemberResult(member["name"], member["config"], member["steps"], found, missing))
     return Sweep(folder, store, members)
 
 
