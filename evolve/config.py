@@ -14,7 +14,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,6 +60,7 @@ class Model(Section):
     checkpoint_dtype: Literal["float32", "bfloat16"]
     chat_template: str | None
     trust_remote_code: bool
+    beta: Rate
     learning_rate: LearningRates
 
 
@@ -140,9 +141,12 @@ class SFTWeights(Section):
 
 
 class PreferenceWeights(Section):
-    """L = (1 - alpha) L_DPO + alpha L_refine + nll L_NLL; None stands where a weight of 0 makes a setting idle."""
+    """L = (1 - alpha) L_direct + alpha L_refine + nll L_NLL; None stands where a weight of 0 makes a setting idle."""
 
     alpha: float
+    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"] | None = "dpo"
+    lengths: Literal["sum", "mean"] | None = "sum"
+    gamma: float | None = None
     beta_direct: float | None
     beta_refine: float | None
     refine_contexts: Literal["both", "rejected"] | None
@@ -152,21 +156,51 @@ class PreferenceWeights(Section):
     @property
     def contexts(self) -> tuple[str, ...]:
         """Which sequences are needed: direct answers, refinements, or both."""
-        direct, refines = self.alpha < 1 or self.nll > 0, self.alpha > 0
+        direct, refines = self.alpha < 1 or self.nll > 0, self.alpha > 0 or self.direct == "srpo"
         return ("direct",) * direct + ("refine",) * refines
+
+    @property
+    def reference_contexts(self) -> tuple[str, ...]:
+        """Those of `contexts` whose log-probabilities under the reference model are needed too."""
+        relative = self.direct not in (None, "simpo")
+        return tuple(name for name in self.contexts if name == "refine" or relative)
+
+
+class PolicyGradient(Section):
+    """Policy gradient on scores of the policy's own answers, in the terms of TRL's GRPOTrainer."""
+
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"]
+    importance: Literal["token", "sequence"]
+    clip_low: Weight
+    clip_high: Weight
+    kl: Weight
+    updates: Positive
+    scale_rewards: Literal["group", "batch", "none"]
 
 
 class Loss(Section):
     name: str
     sft_direct: Weight
     sft_refine: Weight
-    pt: bool
+    pt: Literal["pairs", "rewards", "none"]
+    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
+    lengths: Literal["sum", "mean"]
+    gamma: Weight
     alpha: Share
     beta_direct: Rate
     beta_refine: Rate
     refine_contexts: Literal["both", "rejected"]
     refine_scale: Rate
     nll: Weight
+    policy_gradient: PolicyGradient | None
+
+    @model_validator(mode="after")
+    def _has_policy_gradient(self) -> Loss:
+        if self.pt == "rewards" and self.policy_gradient is None:
+            raise ValueError(
+                "loss.pt=rewards: loss.policy_gradient is null; take loss=grpo, loss=dapo or loss=gspo, which set it"
+            )
+        return self
 
     @property
     def sft(self) -> SFTWeights | None:
@@ -177,18 +211,26 @@ class Loss(Section):
 
     @property
     def preference(self) -> PreferenceWeights | None:
-        """What preference training minimises; None: there is none."""
-        if not self.pt:
+        """What preference training on pairs minimises; None: there is none."""
+        if self.pt != "pairs":
             return None
-        refines = self.alpha > 0
+        directs, refines = self.alpha < 1, self.alpha > 0
         return PreferenceWeights(
             alpha=self.alpha,
-            beta_direct=self.beta_direct if self.alpha < 1 else None,
+            direct=self.direct if directs else None,
+            lengths=self.lengths if directs else None,
+            gamma=self.gamma if directs and self.direct == "simpo" else None,
+            beta_direct=self.beta_direct if directs else None,
             beta_refine=self.beta_refine if refines else None,
             refine_contexts=self.refine_contexts if refines else None,
             refine_scale=self.refine_scale if refines else None,
             nll=self.nll,
         )
+
+    @property
+    def rewards(self) -> PolicyGradient | None:
+        """What training on scores of own answers goes by; None: there is none."""
+        return self.policy_gradient if self.pt == "rewards" else None
 
 
 class Filter(Section):
@@ -311,7 +353,7 @@ class Config(Section):
 
     @property
     def trained_iterations(self) -> int:
-        return self.iteration.count if self.loss.pt else 0
+        return self.iteration.count if self.loss.pt != "none" else 0
 
     @property
     def uses_reward_model(self) -> bool:
@@ -339,6 +381,11 @@ class Config(Section):
                 refuse(
                     f"eval.scorer=verifier: data.name={self.data.name} has no verifier; take eval.scorer=reward_model"
                 )
+        if self.loss.pt == "rewards" and self.filter.scorer == "none":
+            refuse(
+                f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
+                "take filter=reward_model or filter=verifier"
+            )
         if self.filter.select == "best_worst" and self.filter.scorer == "none":
             refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
         if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
@@ -346,7 +393,8 @@ class Config(Section):
                 f"strategy.expand=best: filter.name={self.filter.name} gives no scores to find the best node by; "
                 "take strategy.expand=every or a filter that scores"
             )
-        if self.filter.select == "last_first" and self.strategy.name == "parallel" and self.trained_iterations:
+        pairs = self.loss.pt == "pairs" and self.iteration.count > 0
+        if self.filter.select == "last_first" and self.strategy.name == "parallel" and pairs:
             refuse(
                 f"filter.name={self.filter.name}: prefers the last refinement, and strategy.name=parallel makes none; "
                 "take a filter that scores"
@@ -417,12 +465,16 @@ def unknown_key(key: str) -> str:
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         field = section.model_fields.get(parent)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # a section, or a section or null
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
             parents, last = parents[:depth], parent
             break
-        section = field.annotation
+        section = inner[0]
     choices = sorted(section.model_fields)
     where = ".".join(parents)
+    if last in choices:  # a key that exists, in a section that this choice leaves null
+        return f"{key}: {where} is null here; take a choice of {parents[0]} that sets it"
     close = difflib.get_close_matches(last, choices, n=1)
     prefix = f"{where}." if where else ""
     hint = f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -68,7 +68,7 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
     for config in configs:
         resolver.check_rows(
             config.data,
-            trained=config.loss.sft is not None or config.loss.pt,
+            trained=config.loss.sft is not None or config.loss.pt != "none",
             iterations=config.trained_iterations,
             reward_model=config.trains_reward_model,
         )

@@ -49,6 +49,8 @@ def preference(
     Returns:
         The loss [pairs], and detached metrics [pairs] by name.
     """
+    if loss.direct not in ("dpo", None):
+        raise NotImplementedError(f"loss.direct={loss.direct}: not built yet; dpo is")
     h = {name: policy[name] - reference[name] for name in policy}
     total = torch.zeros_like(next(iter(h.values())))
     metrics: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve import sources
-from evolve.config import Config, Sampling, Strategy
+from evolve.config import Config, ConfigError, Sampling, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -105,8 +105,10 @@ class _Builder:
             policy = self.activate(policy)
             self.evaluate(policy)
         post_sft = policy
-        if config.loss.preference is None:
+        if config.loss.pt == "none":
             return
+        if config.loss.rewards is not None:
+            raise ConfigError(f"loss.name={config.loss.name}: training on rewards is not built yet")
         if config.data.offline_pairs:
             self.phase = "offline"
             policy = self.train(
@@ -268,7 +270,7 @@ class _Builder:
         inputs: dict[str, Artefact] = {"model": start}
         for number, made in pairs.items():
             inputs[f"pairs_{number}"] = made
-            for context in loss.contexts:
+            for context in loss.reference_contexts:
                 inputs[f"reference_{context}_{number}"] = self.add(
                     "reference",
                     {"model": reference, "pairs": made},
@@ -285,7 +287,7 @@ class _Builder:
             loss=loss,
             epochs=config.trainer.epochs.pt,
             learning_rate=config.model.learning_rate.pt,
-            starts_at_reference=start.id == reference.id,
+            starts_at_reference=bool(loss.reference_contexts) and start.id == reference.id,
             **self.fitting(),
         )
 

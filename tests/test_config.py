@@ -187,7 +187,16 @@ REFUSED = {
     "seed=x": ["seed=x", "integer"],
     "iteration.count=0.5": ["iteration.count=0.5", "integer"],
     "loss.alpha=null": ["loss.alpha=None", "number"],
-    "loss.pt=perhaps": ["loss.pt=perhaps", "boolean"],
+    "loss.pt=perhaps": ["loss.pt=perhaps", "'pairs', 'rewards' or 'none'"],
+    "loss.pt=true": ["loss.pt=True", "'pairs', 'rewards' or 'none'"],
+    "loss.direct=ppo": ["loss.direct=ppo", "'dpo', 'ipo', 'simpo', 'sppo' or 'srpo'"],
+    "loss.beta_direct=0": ["loss.beta_direct=0", "greater than 0"],
+    "loss.pt=rewards": ["loss.pt=rewards: loss.policy_gradient is null", "loss=grpo"],
+    "loss=grpo loss.policy_gradient=null": ["loss.pt=rewards: loss.policy_gradient is null", "loss=grpo"],
+    "loss=grpo loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
+    "loss=grpo +loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
+    "loss.policy_gradient.kl=1": ["loss.policy_gradient.kl: loss.policy_gradient is null here; take a choice of loss"],
+    "loss=grpo filter=rule": ["loss.pt=rewards: filter.name=rule gives no scores", "filter=verifier"],
     "wandb.mode=on": ["wandb.mode=on", "'auto', 'offline', 'online' or 'disabled'"],
     "loss.alpha=1.5": ["loss.alpha=1.5", "less than or equal to 1"],
     "loss.nll=nan": ["loss.nll=nan"],
@@ -218,7 +227,10 @@ REFUSED = {
     "trainer.micro_batch=7 trainer.batch_size=16": ["trainer.micro_batch=7", "trainer.batch_size=16", "1, 2, 4, 8, 16"],
     "data.max_length=16 data.max_response_tokens=16": ["data.max_length=16", "data.max_response_tokens=16"],
     "data.eval_path=LICENSE": ["data.eval_path", "leave it null"],
-    "loss=bth": ["loss=bth: no such choice", "both, none, pt, pt_only, sft, sft_only"],
+    "loss=bth": [
+        "loss=bth: no such choice",
+        "both, dapo, grpo, gspo, ipo, none, pt, pt_only, rpo, sft, sft_only, simpo, sppo, srpo",
+    ],
     "model=gpt": ["model=gpt: no such choice", "embedded, gemma2_9b"],
     "experiment=figure9": ["experiment=figure9: no such choice", "figure1"],
     "hydra/launcher=moon": ["hydra/launcher=moon: no such choice", "local", "joblib", "submitit_local"],
@@ -301,6 +313,9 @@ def test_every_other_setting_changes_an_id() -> None:
         "engine.name",
         "judge.name",
         "eval.benchmarks",
+        "model.beta",  # the loss's betas count
+        "loss.gamma",  # of SimPO alone
+        "loss.policy_gradient",  # of rewards alone
     } | RUNTIME.keys()
     base = BASES[1]
     other: dict[str, Any] = {
@@ -311,6 +326,9 @@ def test_every_other_setting_changes_an_id() -> None:
         "strategy.expand": "every",
         "template.text": "{prompt} {response}",
         "template.separator": "|",
+        "loss.pt": "none",
+        "loss.direct": "ipo",
+        "loss.lengths": "mean",
         "loss.refine_contexts": "rejected",
         "filter.scorer": "verifier",
         "filter.select": "last_first",

@@ -139,6 +139,9 @@ def test_needed_is_enough_and_no_more(alpha, contexts, nll):
     """Idle settings are None, as Loss.preference makes them; every name asked for carries a gradient."""
     w = PreferenceWeights(
         alpha=alpha,
+        direct="dpo" if alpha < 1 else None,
+        lengths="sum" if alpha < 1 else None,
+        gamma=None,
         beta_direct=0.1 if alpha < 1 else None,
         beta_refine=0.2 if alpha > 0 else None,
         refine_contexts=contexts if alpha > 0 else None,
