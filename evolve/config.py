@@ -38,12 +38,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
-def _check_divides(section: str, batch_size: int, micro_batch: int) -> None:
-    if batch_size % micro_batch and micro_batch < batch_size:
-        fits = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+def accumulation(section: str, batch_size: int, micro_batch: int, devices: int = 1) -> int:
+    """How many micro-batches each device runs for a step. Raises ValueError where the batch doesn't divide."""
+    if batch_size % devices:
+        below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
+        fits = " or ".join(str(n) for n in sorted({below, above} - {0}))
         raise ValueError(
-            f"{section}.micro_batch={micro_batch}: doesn't divide {section}.batch_size={batch_size}; these do: {fits}"
+            f"{section}.batch_size={batch_size}: doesn't divide over {section}.devices={devices}; {fits} would"
         )
+    each = batch_size // devices
+    micro = min(micro_batch, each)
+    if each % micro:
+        fits = ", ".join(str(n) for n in range(1, each + 1) if each % n == 0)
+        over = f" over {section}.devices={devices}" if devices > 1 else ""
+        raise ValueError(
+            f"{section}.micro_batch={micro_batch}: doesn't divide {section}.batch_size={batch_size}{over}; "
+            f"these do: {fits}"
+        )
+    return each // micro
 
 
 class LearningRates(Section):
@@ -250,7 +262,7 @@ class RewardModel(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> RewardModel:
-        _check_divides("reward_model", self.batch_size, self.micro_batch)
+        accumulation("reward_model", self.batch_size, self.micro_batch)
         return self
 
 
@@ -271,6 +283,15 @@ class Epochs(Section):
     pt: Positive
 
 
+class Lora(Section):
+    """Low-rank adapters (PEFT), merged into the weights that a stage saves."""
+
+    rank: Positive
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: str
+
+
 class Optimiser(Section):
     """How a loss is minimised; AdamW's own settings are torch's."""
 
@@ -280,7 +301,13 @@ class Optimiser(Section):
     warmup: Share
     weight_decay: Weight
     max_grad_norm: Rate
+    lora: Lora | None = None
     gradient_checkpointing: Annotated[bool, RUNTIME]
+    layout: Annotated[Literal["shared", "packed", "padded"], RUNTIME]
+    devices: Annotated[Positive, RUNTIME]
+    sharding: Annotated[Literal["none", "fsdp", "deepspeed"], RUNTIME]
+    checkpoint_minutes: Annotated[float | None, Field(ge=0), RUNTIME]
+    max_loss_growth: Annotated[float, Field(gt=1), RUNTIME]
 
 
 class Trainer(Optimiser):
@@ -293,7 +320,9 @@ class Trainer(Optimiser):
 
     @model_validator(mode="after")
     def _divides(self) -> Trainer:
-        _check_divides("trainer", self.batch_size, self.micro_batch)
+        accumulation("trainer", self.batch_size, self.micro_batch, self.devices)
+        if self.sharding != "none" and self.devices == 1:
+            raise ValueError(f"trainer.sharding={self.sharding}: needs trainer.devices above 1")
         return self
 
 

@@ -7,17 +7,20 @@ loss needs, so that all members of a sweep train on the same pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from evolve import templates
+import torch
+from torch import Tensor
+
+from evolve import packing, templates
 from evolve.config import Template
 from evolve.losses import DIRECT, REFINE
+from evolve.packing import Layout, plant
 from evolve.templates import Encoded
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -62,37 +65,186 @@ def encode(
     return pairs, dropped
 
 
-def pad(sequences: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and answer (True where a token is the answer's), each [sequences, longest]."""
-    import torch
+def answer_tokens(pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
+    """Lengths in tokens of the chosen and the rejected answers: [pairs] each."""
+    return {
+        answer: torch.tensor([pair.sequences[f"direct_{answer}"].answer_tokens for pair in pairs])
+        for answer in ("chosen", "rejected")
+    }
 
+
+@dataclass
+class Batch:
+    """Sequences as a model runs them, and which of its log-probabilities make up which sequence's.
+
+    input_ids: [rows, width]; one row, where `layout` says who attends to whom, or padded rows with `mask`. positions:
+    [1, width] or None. kept: the columns at which logits are made. picked: [rows, kept], which of these predict an
+    answer's token, or None for all. targets: [scored], the tokens predicted. pieces, owners: [answer tokens], entry n
+    says that log-probability pieces[n] belongs to sequence owners[n]; one shared by two sequences stands there twice.
+    tokens: those of all sequences, as if nothing were shared; `width * rows` are run.
+    """
+
+    input_ids: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    layout: Layout | None
+    kept: Tensor
+    picked: Tensor | None
+    targets: Tensor
+    pieces: Tensor
+    owners: Tensor
+    sequences: int
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.layout is not None:
+            moved["layout"] = Layout(self.layout.forest, torch.device(device))
+        return replace(self, **moved)
+
+
+def batch(groups: Sequence[Sequence[Encoded]], how: str, pad_id: int) -> Batch:
+    """Groups of sequences (a group: one pair's) as one batch; its sequences are numbered group by group.
+
+    how: 'shared' runs what a group's sequences begin with in common once; 'packed' has no padding and shares nothing;
+    'padded' is the plain way, for models whose attention can't be laid out otherwise.
+    """
+    flat = [sequence for group in groups for sequence in group]
+    tokens = sum(len(sequence.ids) for sequence in flat)
+    if how == "padded":
+        return _padded(flat, tokens, pad_id)
+    forest = plant(
+        [[sequence.ids for sequence in group] for group in (groups if how == "shared" else [[s] for s in flat])]
+    )
+    numbers: dict[tuple[int, int], int] = {}  # (place that predicts, place predicted) -> its log-probability
+    pieces, owners = [], []
+    for owner, (sequence, path) in enumerate(zip(flat, forest.paths, strict=True)):
+        for depth in range(sequence.answer, len(path)):
+            pieces.append(numbers.setdefault((path[depth - 1], path[depth]), len(numbers)))
+            owners.append(owner)
+    edges = torch.tensor(list(numbers)).reshape(-1, 2)
+    return Batch(
+        input_ids=forest.input_ids[None],
+        positions=forest.positions[None],
+        mask=None,
+        layout=Layout(forest, torch.device("cpu")),
+        kept=edges[:, 0],
+        picked=None,
+        targets=forest.input_ids[edges[:, 1]],
+        pieces=torch.tensor(pieces),
+        owners=torch.tensor(owners),
+        sequences=len(flat),
+        tokens=tokens,
+    )
+
+
+def _padded(sequences: Sequence[Encoded], tokens: int, pad_id: int) -> Batch:
     width = max(len(sequence.ids) for sequence in sequences)
     input_ids = torch.full((len(sequences), width), pad_id)
-    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    answer = torch.zeros((len(sequences), width), dtype=torch.bool)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    predicts = torch.zeros((len(sequences), width - 1), dtype=torch.bool)  # column t predicts token t + 1
     for row, sequence in enumerate(sequences):
         length = len(sequence.ids)
         input_ids[row, :length] = torch.tensor(sequence.ids)
-        attention_mask[row, :length] = 1
-        answer[row, sequence.answer : length] = True
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "answer": answer}
+        mask[row, :length] = 1
+        predicts[row, sequence.answer - 1 : length - 1] = True
+    kept = predicts.any(0).nonzero().squeeze(1)
+    picked = predicts[:, kept]
+    return Batch(
+        input_ids=input_ids,
+        positions=None,
+        mask=mask,
+        layout=None,
+        kept=kept,
+        picked=picked,
+        targets=input_ids[:, 1:][:, kept][picked],
+        pieces=torch.arange(int(picked.sum())),
+        owners=picked.nonzero()[:, 0],
+        sequences=len(sequences),
+        tokens=tokens,
+    )
 
 
-def log_probabilities(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def prepare(model: Any, how: str) -> Any:
+    """Teaches a causal language model, in place, to answer `model(batch=Batch)` with log-probabilities: [scored].
+
+    The logits are made by the model's own head, where an answer's token is predicted and nowhere else, and never leave
+    `forward`: what wraps the model (mixed precision, DDP, FSDP, PEFT) sees one small tensor.
+    """
+    if how != "padded":
+        model.set_attn_implementation(packing.ATTENTION)
+    inner = model.forward
+
+    def forward(*args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+        if batch is None:
+            return inner(*args, **kwargs)
+        layout = {} if batch.layout is None else {"layout": batch.layout}
+        logits = inner(
+            input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.positions,
+            logits_to_keep=batch.kept, use_cache=False, **layout,
+        ).logits  # fmt: skip
+        return LogProbability.apply(logits[0] if batch.picked is None else logits[batch.picked], batch.targets)
+
+    model.forward = forward
+    return model
+
+
+class LogProbability(torch.autograd.Function):
+    """log softmax(logits)[target]: logits [scored, vocabulary] of any precision, targets [scored] -> [scored], float32.
+
+    Keeps the logits as they are and works through them in chunks, where log_softmax would make float32 copies of all.
+    """
+
+    CHUNK = 512
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normaliser = torch.cat([chunk.float().logsumexp(1) for chunk in logits.split(LogProbability.CHUNK)])
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(1, targets[:, None]).squeeze(1).float() - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        (gradient,) = gradients
+        result = torch.empty_like(logits)
+        for first in range(0, len(logits), LogProbability.CHUNK):
+            part = slice(first, first + LogProbability.CHUNK)
+            weight = gradient[part, None]
+            chunk = (logits[part].float() - normaliser[part, None]).exp_().mul_(-weight)
+            result[part] = chunk.scatter_add_(1, targets[part, None], weight)
+        return result, None
+
+
+def log_probabilities(model: Any, batch: Batch) -> Tensor:
     """Sum over the answer's tokens of log pi(token | what stands before it): [sequences], float32.
 
-    Logits are made only at positions where some sequence of the batch has an answer token to predict.
+    model: one that `prepare` has been at, wrapped or not.
     """
-    import torch
+    scored = model(batch=batch)
+    return torch.zeros(batch.sequences, device=scored.device).index_add(0, batch.owners, scored[batch.pieces])
 
-    predicts = batch["answer"][:, 1:]  # position t predicts token t + 1
-    keep = predicts.any(0).nonzero().squeeze(1)
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False
-    ).logits
-    mask = predicts[:, keep]
-    logits = logits[mask].float()
-    targets = batch["input_ids"][:, 1:][:, keep][mask]
-    logp = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
-    rows = mask.nonzero()[:, 0]
-    return torch.zeros(len(mask), device=logp.device).index_add(0, rows, logp)
+
+def check(model: Any, groups: Sequence[Sequence[Encoded]], how: str, pad_id: int) -> None:
+    """Compares a layout's log-probabilities with the plain, padded way's, on a model that `prepare` has not been at.
+
+    Raises ValueError if they differ: not every architecture attends through the interface that layouts rely on.
+    """
+    if how == "padded":
+        return
+    was_training, before, plain = model.training, model.config._attn_implementation, model.forward
+    model.eval()
+    found = {}
+    with torch.inference_mode():
+        for way in ("padded", how):
+            one = batch(groups, way, pad_id).to(model.device)
+            found[way] = log_probabilities(prepare(model, way), one)
+            model.forward = plain
+    model.set_attn_implementation(before)
+    model.train(was_training)
+    difference = (found[how] - found["padded"]).abs().max().item()
+    if difference > 1e-3 * found["padded"].abs().max().clamp(min=1).item():
+        raise ValueError(
+            f"this model ({model.config.model_type}) gives log-probabilities {difference:.3g} apart in the layouts "
+            f"'{how}' and 'padded'; set trainer.layout=padded"
+        )

@@ -280,6 +280,7 @@ class _Builder:
                     max_length=config.data.max_length,
                     max_dropped=config.trainer.max_dropped,
                     micro_batch=config.trainer.micro_batch,
+                    layout=config.trainer.layout,
                 )
         return self.add(
             "train",

@@ -137,11 +137,12 @@ class Stage:
 
 @dataclass
 class Report:
-    """What a stage says of its own work: counts of what it dropped and why, tokens it spent, values to show."""
+    """What a stage says of its own work: counts of what it dropped and why, tokens it spent, values to show, timing."""
 
     dropped: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)  # where its time went: the one part that no two runs share
 
 
 class Store:
@@ -247,6 +248,11 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             owner.unlink(missing_ok=True)
 
+    def partial(self, stage_id: str) -> Path:
+        """A folder for what a stage can go on from after it was killed; it is removed once the stage is done."""
+        kind, name = stage_id.split("/")
+        return self.root / kind / f".partial-{name}"
+
     def commit(self, stage: Stage, built: Path, report: Report, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the record as the last file and gives the folder its name. Returns the record that stands."""
         files = {}
@@ -273,6 +279,7 @@ class Store:
             try:
                 built.rename(final)
                 _sync(final.parent)
+                shutil.rmtree(self.partial(stage.id), ignore_errors=True)
                 break
             except OSError:  # something has the name: a result committed meanwhile, or a broken one
                 with contextlib.suppress(Corrupt):
@@ -303,7 +310,7 @@ class Store:
             if Lease.is_stale(path, self.lease_timeout):
                 found.append(path)
         held = {path.name[1:17] for path in self.root.glob("*/.*.lease") if path not in found}
-        for path in self.root.glob("*/.tmp-*"):
+        for path in [*self.root.glob("*/.tmp-*"), *self.root.glob("*/.partial-*")]:
             if path.name.split("-")[1] not in held:
                 found.append(path)
         for stage_id in self.ids():
@@ -459,7 +466,8 @@ def main() -> int:
 
     list    every finished stage: when, how long, how big
     check   reads every file and compares it with its record; exit 1 if something is broken
-    prune   removes what no record refers to: half-built folders, dead leases, broken results. Finished stages stay
+    prune   removes what no record refers to: half-built folders, checkpoints, dead leases, broken results; what is
+            finished stays
     """
     import sys
 

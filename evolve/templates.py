@@ -25,6 +25,10 @@ class Encoded(NamedTuple):
     ids: list[int]
     answer: int
 
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.ids) - self.answer
+
 
 def load_tokenizer(path: Path | str, chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """A model's tokenizer with a chat template and a pad token.

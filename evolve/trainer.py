@@ -1,15 +1,15 @@
 """transformers' Trainer over pairs, with the objective as a pure function of log-probabilities (losses.py).
 
-The Trainer brings the optimiser, schedule, accumulation, mixed precision and devices. Ours: what a batch is (pairs,
-each several sequences), the objective, normalisation over the whole optimiser step, so that micro-batches don't
-change the result, and two checks: the step-1 values, and that the loss stays finite.
+The Trainer brings the optimiser, schedule, mixed precision, devices, sharding and checkpoints. Ours: which pairs make a
+step (the same ones on any number of devices), how their sequences are laid out (pairs.py), the objective, its
+normalisation over the whole step, and three checks: the layout, the values at step 1, and that the loss stays sane.
 """
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,48 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
-from evolve import losses
-from evolve.config import Optimiser, PreferenceWeights, SFTWeights
-from evolve.pairs import EncodedPair, log_probabilities, pad
+from evolve import losses, pairs
+from evolve.config import Lora, Optimiser, PreferenceWeights, SFTWeights, accumulation
+from evolve.pairs import EncodedPair
+
+COMPLETE = "complete"  # a file that a checkpoint has once all of it is written
+
+
+# Arguments of the Trainer for each trainer.sharding; the libraries' own defaults but for these.
+SHARDING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "deepspeed": {
+        "deepspeed": {
+            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+            "bf16": {"enabled": "auto"},
+            "gradient_clipping": "auto",
+            "gradient_accumulation_steps": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+        }
+    },
+}
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a number that training could come back from."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: which sequences it needs, how many items a batch counts, and the loss summed over them."""
+    """What a step minimises: the sequences of a pair that it needs, the items that it counts, and the loss.
+
+    items: answers' lengths by name, [pairs] each -> how many items (pairs, or tokens) these pairs are. loss:
+    (log-probabilities by name, batch, items of the whole step) -> (the batch's part of the step's loss, a scalar;
+    metrics [pairs] by name). expected: metrics at the first step, where they are known exactly.
+    """
 
     names: tuple[str, ...]
-    items: Callable[[Mapping[str, Any]], int]
+    items: Callable[[Mapping[str, Tensor]], int]
     loss: Callable[[Mapping[str, Tensor], Mapping[str, Any], float], tuple[Tensor, dict[str, Tensor]]]
-    expected: Mapping[str, float]  # metrics at the first step, where the policy is its own reference
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 def sft_objective(loss: SFTWeights) -> Objective:
@@ -43,7 +67,7 @@ def sft_objective(loss: SFTWeights) -> Objective:
     def compute(
         logp: Mapping[str, Tensor], batch: Mapping[str, Any], tokens: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        lengths = batch["chosen_tokens"]
+        lengths = batch["tokens"]["chosen"]
         metrics = {
             "nll_direct" if name == "direct_chosen" else "nll_refine": -logp[name].detach() / lengths for name in logp
         }
@@ -52,103 +76,204 @@ def sft_objective(loss: SFTWeights) -> Objective:
     names = tuple(
         name for name, weight in (("direct_chosen", loss.direct), ("rejected_chosen", loss.refine)) if weight > 0
     )
-    return Objective(names, lambda batch: int(batch["chosen_tokens"].sum()), compute, {})
+    return Objective(names, lambda tokens: int(tokens["chosen"].sum()), compute)
 
 
 def preference_objective(loss: PreferenceWeights, starts_at_reference: bool) -> Objective:
-    """(1 - alpha) L_DPO + alpha L_refine + nll L_NLL, per pair of the step."""
+    """(1 - alpha) L_direct + alpha L_refine + nll L_NLL, per pair of the step."""
 
-    def compute(logp: Mapping[str, Tensor], batch: Mapping[str, Any], pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
-        total, metrics = losses.preference(logp, batch["reference"], loss, batch["chosen_tokens"])
-        return total.sum() / pairs, metrics
+    def compute(logp: Mapping[str, Tensor], batch: Mapping[str, Any], count: float) -> tuple[Tensor, dict[str, Tensor]]:
+        total, metrics = losses.preference(logp, batch["reference"], loss, batch["tokens"])
+        return total.sum() / count, metrics
 
     expected = losses.at_reference(loss) if starts_at_reference else {}
-    return Objective(losses.needed(loss), lambda batch: len(batch["ids"]), compute, expected)
+    return Objective(losses.needed(loss), lambda tokens: len(tokens["chosen"]), compute, expected)
+
+
+def order(count: int, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Which examples make each optimiser step: every epoch a new permutation, cut into batches.
+
+    A function of its arguments alone, so it is the same on any number of devices and after a resume.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        step.tolist() for _ in range(epochs) for step in torch.randperm(count, generator=generator).split(batch_size)
+    ]
+
+
+def deal(step: Sequence[int], rounds: int, devices: int) -> list[list[int]]:
+    """A step's examples as rounds x devices micro-batches, in the order that the devices take them; the last of a
+    short step may be empty."""
+    size = -(-len(step) // (rounds * devices))
+    return [list(step[first * size : (first + 1) * size]) for first in range(rounds * devices)]
 
 
 class PairTrainer(Trainer):
-    """Minimises an `Objective` over pairs."""
+    """Minimises an `Objective` over pairs. Its data set is the list of all micro-batches of the run, in order."""
 
     objective: Objective
 
-    def __init__(
-        self, objective: Objective, pad_id: int, tolerance: float, on_step: Callable[[int, int], None], **kw: Any
-    ):
-        self.objective = objective
-        self.pad_id = pad_id
-        self.tolerance = tolerance
-        self.steps: list[dict[str, float]] = []
-        self._sums: dict[str, list[Tensor]] = {}
+    def __init__(self, objective: Objective, layout: str, pad_id: int, tolerance: float, max_growth: float, **kw: Any):
+        self.objective, self.layout, self.pad_id = objective, layout, pad_id
+        self.tolerance, self.max_growth = tolerance, max_growth
+        self.run_tokens = self.real_tokens = 0  # through the model, and in the sequences as if nothing were shared
+        self._sums: dict[str, list[float]] = {}
         self._ids: list[str] = []
-        super().__init__(data_collator=self._collate, callbacks=[_Steps(self, on_step)], **kw)
+        super().__init__(data_collator=self._collate, **kw)
         # The objective divides by the whole step's items, so the Trainer must not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs: list[EncodedPair] = [example["pair"] for example in examples]
-        chosen = [pair.sequences["direct_chosen"] for pair in pairs]
-        batch: dict[str, Any] = {
-            "ids": [pair.id for pair in pairs],
-            "chosen_tokens": torch.tensor([len(sequence.ids) - sequence.answer for sequence in chosen]),
-            **pad([pair.sequences[name] for name in self.objective.names for pair in pairs], self.pad_id),
+        (micro,) = examples
+        chosen = micro["examples"]
+        encoded: list[EncodedPair] = [example["pair"] for example in chosen]
+        names = self.objective.names
+        made: dict[str, Any] = {
+            "ids": [pair.id for pair in encoded],
+            "packed": pairs.batch(
+                [[pair.sequences[name] for name in names] for pair in encoded], self.layout, self.pad_id
+            ),
+            "tokens": pairs.answer_tokens(encoded),
+            "items": micro["items"],
+            "weight": micro["weight"],
         }
-        if "reference" in examples[0]:
-            batch["reference"] = {
-                name: torch.tensor([example["reference"][name] for example in examples])
-                for name in self.objective.names
+        if "reference" in chosen[0]:
+            made["reference"] = {
+                name: torch.tensor([example["reference"][name] for example in chosen])
+                for name in names
+                if name in chosen[0]["reference"]
             }
-        return batch
+        return made
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        return torch.tensor(sum(self.objective.items(batch) for batch in batch_samples), device=device)
+        return torch.tensor(1)  # each micro-batch says itself what its step counts
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        summed = log_probabilities(model, inputs)
-        logp = dict(zip(self.objective.names, summed.chunk(len(self.objective.names)), strict=True))
-        loss, metrics = self.objective.loss(logp, inputs, num_items_in_batch)
+        packed: pairs.Batch = inputs["packed"].to(self.args.device)
+        self.run_tokens += packed.input_ids.numel()
+        self.real_tokens += packed.tokens
+        names = self.objective.names
+        logp = dict(zip(names, pairs.log_probabilities(model, packed).reshape(-1, len(names)).T, strict=True))
+        loss, metrics = self.objective.loss(logp, inputs, inputs["items"])
+        loss = inputs["weight"] * loss
         self._ids = inputs["ids"]
         if not torch.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, prompts {', '.join(inputs['ids'])}; "
-                "a smaller learning rate (model.learning_rate) is the usual remedy"
-            )
-        if self.state.global_step == 0:
-            for name, value in self.objective.expected.items():
-                if name in metrics and abs(metrics[name].mean().item() - value) > self.tolerance:
-                    raise RuntimeError(
-                        f"{name} is {metrics[name].mean().item():.6f} at the first step and must be {value:.6f}: the "
-                        "reference log-probabilities are not this policy's"
-                    )
-        for name, values in {**metrics, "loss": loss.detach().reshape(1)}.items():
-            self._sums.setdefault(name, []).append(values.float().cpu())
-        return loss
+            raise self.diverged(f"the loss is {loss.item()}", self.state.global_step + 1)
+        if inputs["weight"]:
+            if self.state.global_step == 0:
+                self._check_first(metrics)
+            for name, values in metrics.items():
+                self._add(name, values.float().sum().item(), len(values))
+            self._add("loss", loss.item(), 0)
+        return loss * self.args.world_size  # the devices' gradients will be averaged, and this is one part of a sum
+
+    def _add(self, name: str, value: float, count: int) -> None:
+        sums = self._sums.setdefault(name, [0.0, 0])
+        sums[0] += value
+        sums[1] += count
+
+    def _check_first(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in self.objective.expected.items():
+            if name in metrics and abs(metrics[name].mean().item() - value) > self.tolerance * max(1.0, abs(value)):
+                raise RuntimeError(
+                    f"{name} is {metrics[name].mean().item():.6f} at the first step and must be {value:.6f}: the "
+                    "reference log-probabilities are not this policy's"
+                )
+
+    def diverged(self, what: str, step: int) -> Diverged:
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
+        return Diverged(
+            f"{what} at step {step}, prompts {', '.join(self._ids)}; "
+            f"{f'the last good checkpoint is {kept}' if kept else 'no checkpoint was written before'}; "
+            "a smaller learning rate (model.learning_rate) is the usual remedy"
+        )
 
     def take_metrics(self) -> dict[str, float]:
-        """Means over the pairs of the step that has just ended; `loss` is the step's."""
-        metrics = {name: torch.cat(values) for name, values in self._sums.items()}
+        """Means over the pairs of the step that has just ended, on all devices; `loss` is the step's."""
+        names = sorted(self._sums)
+        sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64)
         self._sums = {}
-        return {name: (value.sum() if name == "loss" else value.mean()).item() for name, value in metrics.items()}
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, (names, sums))
+            names = sorted({name for there, _ in gathered for name in there})
+            sums = sum(  # type: ignore[assignment]
+                torch.stack([values[there.index(name)] if name in there else torch.zeros(2) for name in names])
+                for there, values in gathered
+            )
+        return {
+            name: (total / count if count else total).item() for name, (total, count) in zip(names, sums, strict=True)
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of which everything was written."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 class _Steps(TrainerCallback):
-    def __init__(self, trainer: PairTrainer, on_step: Callable[[int, int], None]):
-        self.trainer = trainer
-        self.on_step = on_step
+    """A row of metrics for each step, kept in the Trainer's own history, which its checkpoints hold."""
+
+    trainer: PairTrainer
+
+    def __init__(self, minutes: float | None, on_step: Callable[[int, int], None]):
+        self.minutes, self.on_step = minutes, on_step
+        self.saved = time.monotonic()
+        self.first: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.steps.append({"step": state.global_step, **self.trainer.take_metrics()})
+        row = self.trainer.take_metrics()
+        self.first = self.first or next((entry["loss"] for entry in state.log_history if "loss" in entry), row["loss"])
+        if abs(row["loss"]) > self.trainer.max_growth * max(abs(self.first), 1e-3):
+            raise self.trainer.diverged(
+                f"the loss is {row['loss']:.4g}, more than trainer.max_loss_growth={self.trainer.max_growth:g} times "
+                f"the first step's {self.first:.4g},",
+                state.global_step,
+            )
+        state.log_history.append({"step": state.global_step, **row})
         self.on_step(state.global_step, state.max_steps)
+        due = self.minutes is not None and time.monotonic() - self.saved >= 60 * self.minutes
+        if args.world_size > 1:  # every device must agree
+            flag = [due]
+            torch.distributed.broadcast_object_list(flag, src=0)
+            due = flag[0]
+        if due and state.global_step < state.max_steps:
+            control.should_save = True
+            self.saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and self.trainer.steps and "grad_norm" in logs:
-            if not isfinite(logs["grad_norm"]):  # no loss will show it if this was the last step
-                raise Diverged(
-                    f"the gradient is not finite at step {state.global_step}, prompts {', '.join(self.trainer._ids)}; "
-                    "a smaller learning rate (model.learning_rate) is the usual remedy"
-                )
-            self.trainer.steps[-1] |= {name: float(logs[name]) for name in ("grad_norm", "learning_rate")}
+        """The Trainer's own row comes behind ours: what we don't have is taken over, the rest dropped."""
+        if not logs or "grad_norm" not in logs:
+            return
+        if not isfinite(logs["grad_norm"]):  # no loss will show it if this was the last step
+            raise self.trainer.diverged("the gradient is not finite", state.global_step)
+        for row in reversed(state.log_history):
+            if row["step"] == state.global_step and "epoch" not in row:
+                row |= {name: float(logs[name]) for name in ("grad_norm", "learning_rate")}
+                break
+        state.log_history[:] = [row for row in state.log_history if "epoch" not in row]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` gives back: a row of metrics for each optimiser step, and how fast it went (never reproducible)."""
+
+    steps: list[dict[str, float]]
+    timing: dict[str, float]
+    trainer: PairTrainer
+    settings: Optimiser
 
 
 def train(
@@ -163,70 +288,144 @@ def train(
     pad_id: int,
     bf16: bool,
     device: str,
+    folder: Path,
     on_step: Callable[[int, int], None],
-) -> list[dict[str, float]]:
-    """Trains in place; returns a row of metrics for each optimiser step.
+) -> Trained:
+    """Trains in place; goes on from the last checkpoint in `folder` if there is one.
 
     Args:
-        examples: dicts with 'pair' (EncodedPair) and, for preference training, 'reference' (name -> log-probability).
+        model: a causal language model, not yet prepared.
+        examples: dicts with 'pair' (EncodedPair) and, where the objective needs it, 'reference' (name ->
+            log-probability).
+        folder: where checkpoints are kept until the stage is done; the same for a run and its resumption.
         on_step: called with (step, steps) after each optimiser step.
 
     Raises:
-        Diverged: the loss is not finite; names the step and the prompts.
+        ValueError: the batch doesn't divide over the devices; or the model can't be run in this layout.
+        Diverged: the loss is not finite or has grown out of bounds; names the step, the prompts and the checkpoint.
     """
-    micro = min(settings.micro_batch, settings.batch_size)
-    steps = -(-len(examples) // settings.batch_size) * epochs
     set_seed(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // micro,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=round(settings.warmup * steps),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            bf16=bf16,
-            use_cpu=device == "cpu",
-            seed=seed,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
-        one_device(arguments)
-        trainer = PairTrainer(
-            objective,
-            pad_id,
-            tolerance=0.05 if bf16 else 1e-3,
-            on_step=on_step,
-            model=model,
-            args=arguments,
-            train_dataset=examples,
-        )
-        trainer.remove_callback(_printer())
-        trainer.train()
-    return trainer.steps
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,  # one micro-batch, of trainer.micro_batch pairs
+        num_train_epochs=1,  # `order` has them all
+        learning_rate=learning_rate,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        seed=seed,
+        logging_steps=1,
+        save_strategy="no",  # `_Steps` asks for checkpoints
+        save_total_limit=2,  # the last may be half written
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        **SHARDING[settings.sharding],
+    )
+    one_device(arguments)
+    devices = arguments.world_size
+    arguments.gradient_accumulation_steps = accumulation("trainer", settings.batch_size, settings.micro_batch, devices)
+    steps = order(len(examples), epochs, settings.batch_size, seed)
+    arguments.warmup_steps = round(settings.warmup * len(steps))
+    if settings.sharding == "none":
+        shortest = min(examples, key=lambda example: sum(len(s.ids) for s in example["pair"].sequences.values()))
+        pairs.check(model.to(arguments.device), [list(shortest["pair"].sequences.values())], settings.layout, pad_id)
+    pairs.prepare(model, settings.layout)
+    if settings.lora is not None:
+        model = _with_adapters(model, settings.lora)
+    callback = _Steps(settings.checkpoint_minutes, on_step)
+    trainer = PairTrainer(
+        objective,
+        settings.layout,
+        pad_id,
+        tolerance=0.05 if bf16 else 1e-3,
+        max_growth=settings.max_loss_growth,
+        model=model,
+        args=arguments,
+        train_dataset=_micro_batches(objective, examples, steps, arguments, settings),
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    before = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    seconds = time.monotonic() - started
+    timing = {
+        "train_seconds": seconds,
+        "tokens_per_second": devices * trainer.real_tokens / seconds,
+        "run_tokens_per_second": devices * trainer.run_tokens / seconds,
+        "tokens_shared_or_padded": trainer.run_tokens / max(1, trainer.real_tokens),
+    }
+    return Trained([dict(row) for row in trainer.state.log_history if "loss" in row], timing, trainer, settings)
+
+
+def _micro_batches(
+    objective: Objective,
+    examples: Sequence[Mapping[str, Any]],
+    steps: Sequence[Sequence[int]],
+    arguments: TrainingArguments,
+    settings: Optimiser,
+) -> list[dict[str, Any]]:
+    """The run as the Trainer's data set. A device that has nothing to do in a step's rest runs a pair of weight 0."""
+    rounds, devices = arguments.gradient_accumulation_steps, arguments.world_size
+    found = []
+    for step in steps:
+        items = objective.items(pairs.answer_tokens([examples[index]["pair"] for index in step]))
+        for group in deal(step, rounds, devices):
+            chosen = [examples[index] for index in group or step[:1]]
+            found.append({"examples": chosen, "items": items, "weight": 1.0 if group else 0.0})
+    return found
 
 
 def one_device(arguments: TrainingArguments) -> None:
-    """Keeps the Trainer from splitting batches over all GPUs that it sees (DataParallel): a stage has one device."""
+    """Keeps the Trainer from splitting batches over all GPUs that it sees (DataParallel): a process has one device."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
 
 
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
+def _with_adapters(model: Any, lora: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
 
-    return PrinterCallback
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+        ),
+    )
 
 
-def save(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:
-    """Weights as safetensors in the hub's layout, with tokenizer and chat template, so that any tool can load them."""
-    model.to(getattr(torch, dtype)).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+def save(trained: Trained, tokenizer: Any, out: Path, dtype: str, load: Callable[[], Any]) -> None:
+    """Weights as safetensors in the hub's layout, with tokenizer and chat template, so that any tool can load them.
+
+    Called on every device, written by the first. Adapters are merged.
+
+    Args:
+        load: loads the model that training started from; needed where no device holds the whole model.
+    """
+    trainer, settings = trained.trainer, trained.settings
+    model: Any = trainer.model
+    if settings.sharding != "none":
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.args.should_save:
+            model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
+            lacking = set(model.load_state_dict(state, strict=False).missing_keys)
+            if lacking - set(model.all_tied_weights_keys):
+                raise RuntimeError(f"the sharded model gave no {sorted(lacking)[0]}")
+            model.tie_weights()
+    if trainer.args.should_save:
+        if settings.lora is not None:
+            model = model.merge_and_unload()
+        model.to(getattr(torch, dtype)).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    trainer.accelerator.wait_for_everyone()

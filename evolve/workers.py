@@ -70,7 +70,7 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
                 return Outcome("reused")
             inputs = {name: store.open(item) for name, item in stage.inputs.items()}
             with store.build(stage) as folder:
-                context = Context(_device(setting.resources.device), progress)
+                context = Context(_device(setting.resources.device), progress, store.partial(stage.id))
                 report = module(stage.kind).run(stage.config, inputs, folder, context)
                 store.commit(stage, folder, report, provenance(setting.code, started))
         except (Exception, SystemExit) as error:

@@ -32,10 +32,15 @@ KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "refere
 
 @dataclass(frozen=True)
 class Context:
-    """Where a stage runs: nothing here may change its result. `progress(done, total)` is shown to whoever waits."""
+    """Where a stage runs: nothing here may change its result.
+
+    progress(done, total) is shown to whoever waits. partial: a folder, made by who uses it, for what the stage can go
+    on from after it was killed.
+    """
 
     device: str
     progress: Callable[[int, int], None]
+    partial: Path
 
 
 class Module(Protocol):

@@ -9,7 +9,7 @@ from evolve.config import SFTWeights
 from evolve.stages import Context, Fitting, read_rows, write_rows
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Fitting):

@@ -14,7 +14,7 @@ from evolve.config import RUNTIME, Section, Template
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):
@@ -24,6 +24,7 @@ class Config(Section):
     max_length: int
     max_dropped: float
     micro_batch: Annotated[int, RUNTIME]
+    layout: Annotated[Literal["shared", "packed", "padded"], RUNTIME]
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
@@ -40,19 +41,18 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         inputs["model"], dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
-    model = loaded.to(context.device).eval()
+    model = pairs.prepare(loaded.to(context.device).eval(), config.layout)
     bf16 = config.model.dtype == "bfloat16"
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    found: list[torch.Tensor] = []
     # The same precision as training's, or the first step would not be at the reference.
     with torch.inference_mode(), torch.autocast(context.device, torch.bfloat16, enabled=bf16):
         for first in range(0, len(encoded), config.micro_batch):
-            batch = encoded[first : first + config.micro_batch]
-            padded = pairs.pad([pair.sequences[name] for name in names for pair in batch], tokenizer.pad_token_id)
-            summed = pairs.log_probabilities(model, {key: value.to(context.device) for key, value in padded.items()})
-            for name, values in zip(names, summed.cpu().chunk(len(names)), strict=True):
-                columns[name].append(values)
-            context.progress(first + len(batch), len(encoded))
-    save_file({name: torch.cat(values).numpy() for name, values in columns.items()}, out / "reference.safetensors")
+            some = [[pair.sequences[name] for name in names] for pair in encoded[first : first + config.micro_batch]]
+            batch = pairs.batch(some, config.layout, tokenizer.pad_token_id).to(context.device)
+            found.append(pairs.log_probabilities(model, batch).reshape(-1, len(names)).cpu())
+            context.progress(first + len(some), len(encoded))
+    columns = dict(zip(names, torch.cat(found).T.contiguous(), strict=True))
+    save_file({name: column.numpy() for name, column in columns.items()}, out / "reference.safetensors")
     write_rows(out / "rows.jsonl", ({"id": pair.id} for pair in encoded))
     tokens = sum(len(pair.sequences[name].ids) for pair in encoded for name in names)
     return Report(dropped=dropped, tokens={"read": tokens}, values={"pairs": len(encoded)})

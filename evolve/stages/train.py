@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from evolve.store import Report
 if TYPE_CHECKING:
     from evolve.trainer import Objective
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Fitting):
@@ -62,17 +63,22 @@ def fit(
 
     from evolve import pairs, templates, trainer
 
+    started = time.monotonic()
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+        )
+
     tokenizer = templates.load_tokenizer(model_path, config.model.chat_template, config.model.trust_remote_code)
     encoded, dropped = pairs.encode(tokenizer, config.template, rows, config.max_length, config.max_dropped)
     examples: list[dict[str, Any]] = [{"pair": pair} for pair in encoded]
     if reference is not None:
         for example in examples:
-            example["reference"] = reference[example["pair"].id]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
-    )
-    model = loaded.to(context.device)
-    steps = trainer.train(
+            example["reference"] = reference.get(example["pair"].id, {})
+    model = load()
+    loaded = time.monotonic()
+    trained = trainer.train(
         model,
         objective,
         examples,
@@ -83,9 +89,13 @@ def fit(
         pad_id=tokenizer.pad_token_id,
         bf16=config.model.dtype == "bfloat16",
         device=context.device,
+        folder=context.partial,
         on_step=context.progress,
     )
-    trainer.save(model, tokenizer, out, config.checkpoint_dtype)
+    done = time.monotonic()
+    trainer.save(trained, tokenizer, out, config.checkpoint_dtype, load)
+    timing = {"load_seconds": loaded - started, **trained.timing, "save_seconds": time.monotonic() - done}
+    steps = trained.steps
     tokens = config.epochs * sum(len(pair.sequences[name].ids) for pair in encoded for name in objective.names)
     values = {"pairs": len(encoded), "steps": len(steps), "first": steps[0], "last": steps[-1]}
-    return Report(dropped=dropped, tokens={"trained": tokens}, values=values), steps
+    return Report(dropped=dropped, tokens={"trained": tokens}, values=values, timing=timing), steps
