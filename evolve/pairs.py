@@ -117,12 +117,13 @@ def batch(groups: Sequence[Sequence[Encoded]], how: str, pad_id: int) -> Batch:
         [[sequence.ids for sequence in group] for group in (groups if how == "shared" else [[s] for s in flat])]
     )
     numbers: dict[tuple[int, int], int] = {}  # (place that predicts, place predicted) -> its log-probability
-    pieces, owners = [], []
+    pieces: list[int] = []
+    owners: list[int] = []
     for owner, (sequence, path) in enumerate(zip(flat, forest.paths, strict=True)):
         for depth in range(sequence.answer, len(path)):
             pieces.append(numbers.setdefault((path[depth - 1], path[depth]), len(numbers)))
             owners.append(owner)
-    edges = torch.tensor(list(numbers)).reshape(-1, 2)
+    edges = torch.tensor(list(numbers), dtype=torch.long).reshape(-1, 2)  # none if every answer is empty
     return Batch(
         input_ids=forest.input_ids[None],
         positions=forest.positions[None],
@@ -131,8 +132,8 @@ def batch(groups: Sequence[Sequence[Encoded]], how: str, pad_id: int) -> Batch:
         kept=edges[:, 0],
         picked=None,
         targets=forest.input_ids[edges[:, 1]],
-        pieces=torch.tensor(pieces),
-        owners=torch.tensor(owners),
+        pieces=torch.tensor(pieces, dtype=torch.long),
+        owners=torch.tensor(owners, dtype=torch.long),
         sequences=len(flat),
         tokens=tokens,
     )
