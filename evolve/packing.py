@@ -85,7 +85,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def visible(forest: Forest, window: int | None = None) -> Tensor:
-    """The whole mask, [tokens, tokens]: which token (column) a token (row) attends to. For tests and small trees."""
+    """The whole mask, [tokens, tokens]: which token (column) a token (row) attends to. The rule in full, for tests."""
     places = torch.arange(len(forest.end))
     mask = (places[None, :] <= places[:, None]) & (places[:, None] < forest.end[None, :])
     if window is not None:
@@ -247,7 +247,7 @@ def attention(
     output = layout.attend(
         module, query, key, value, scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap
     )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None  # as transformers' own: some models take a view of it
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -35,6 +35,7 @@ KINDS = {
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"head_dim": 8},
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # takes a view of what attends
     "gemma2": {"head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 20.0},
 }
 ON_CPU = [kind for kind in KINDS if kind != "gemma2"]
