@@ -229,20 +229,29 @@ def log_probabilities(model: Any, batch: Batch) -> Tensor:
 def check(model: Any, groups: Sequence[Sequence[Encoded]], how: str, pad_id: int) -> None:
     """Compares a layout's log-probabilities with the plain, padded way's, on a model that `prepare` has not been at.
 
-    Raises ValueError if they differ: not every architecture attends through the interface that layouts rely on.
+    Raises ValueError if they differ: not every architecture attends through the interface that layouts rely on. The
+    model is left as it was. Groups should be as long as any: a window of attention shows in nothing shorter.
     """
     if how == "padded":
         return
     was_training, before, plain = model.training, model.config._attn_implementation, model.forward
     model.eval()
     found = {}
-    with torch.inference_mode():
-        for way in ("padded", how):
-            one = batch(groups, way, pad_id).to(model.device)
-            found[way] = log_probabilities(prepare(model, way), one)
-            model.forward = plain
-    model.set_attn_implementation(before)
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for way in ("padded", how):
+                one = batch(groups, way, pad_id).to(model.device)
+                model.forward = plain
+                found[way] = log_probabilities(prepare(model, way), one)
+    except TypeError as error:  # its forward takes no layout, or doesn't hand it on to its attention
+        raise ValueError(
+            f"this model ({model.config.model_type}) can't be run in the layout '{how}' ({error}); set "
+            "trainer.layout=padded"
+        ) from error
+    finally:
+        model.forward = plain
+        model.set_attn_implementation(before)
+        model.train(was_training)
     difference = (found[how] - found["padded"]).abs().max().item()
     if difference > 1e-3 * found["padded"].abs().max().clamp(min=1).item():
         raise ValueError(

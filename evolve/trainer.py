@@ -334,8 +334,8 @@ def train(
     steps = order(len(examples), epochs, settings.batch_size, seed)
     arguments.warmup_steps = round(settings.warmup * len(steps))
     if settings.sharding == "none":
-        shortest = min(examples, key=lambda example: sum(len(s.ids) for s in example["pair"].sequences.values()))
-        pairs.check(model.to(arguments.device), [list(shortest["pair"].sequences.values())], settings.layout, pad_id)
+        longest = max(examples, key=lambda example: max(len(s.ids) for s in example["pair"].sequences.values()))
+        pairs.check(model.to(arguments.device), [list(longest["pair"].sequences.values())], settings.layout, pad_id)
     pairs.prepare(model, settings.layout)
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora)
