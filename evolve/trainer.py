@@ -118,7 +118,7 @@ class PairTrainer(Trainer):
         self.tolerance, self.max_growth = tolerance, max_growth
         self.run_tokens = self.real_tokens = 0  # through the model, and in the sequences as if nothing were shared
         self._sums: dict[str, list[float]] = {}
-        self._ids: list[str] = []
+        self._prompts: tuple[int, list[str]] = (0, [])  # a step, and the ids of its pairs so far
         super().__init__(data_collator=self._collate, **kw)
         # The objective divides by the whole step's items, so the Trainer must not divide by the micro-batches again.
         self.model_accepts_loss_kwargs = True
@@ -161,10 +161,11 @@ class PairTrainer(Trainer):
         logp = dict(zip(names, pairs.log_probabilities(model, packed).reshape(-1, len(names)).T, strict=True))
         loss, metrics = self.objective.loss(logp, inputs, inputs["items"])
         loss = inputs["weight"] * loss
-        self._ids = inputs["ids"]
+        step = self.state.global_step + 1
         if not torch.isfinite(loss):
-            raise self.diverged(f"the loss is {loss.item()}", self.state.global_step + 1)
+            raise self.diverged(f"the loss is {loss.item()}", step, inputs["ids"])
         if inputs["weight"]:
+            self._prompts = step, [*(self._prompts[1] if self._prompts[0] == step else []), *inputs["ids"]]
             if self.state.global_step == 0:
                 self._check_first(metrics)
             for name, values in metrics.items():
@@ -185,10 +186,11 @@ class PairTrainer(Trainer):
                     "reference log-probabilities are not this policy's"
                 )
 
-    def diverged(self, what: str, step: int) -> Diverged:
+    def diverged(self, what: str, step: int, prompts: Sequence[str] | None = None) -> Diverged:
+        """The error, with what it is known to come from: some prompts, or all that this device ran for the step."""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         return Diverged(
-            f"{what} at step {step}, prompts {', '.join(self._ids)}; "
+            f"{what} at step {step}, prompts {', '.join(prompts or self._prompts[1])}; "
             f"{f'the last good checkpoint is {kept}' if kept else 'no checkpoint was written before'}; "
             "a smaller learning rate (model.learning_rate) is the usual remedy"
         )
