@@ -360,8 +360,8 @@ def train(
     timing = {
         "train_seconds": seconds,
         "tokens_per_second": devices * trainer.real_tokens / seconds,
-        "run_tokens_per_second": devices * trainer.run_tokens / seconds,
-        "tokens_shared_or_padded": trainer.run_tokens / max(1, trainer.real_tokens),
+        "padding_share": 1 - trainer.real_tokens / trainer.run_tokens if settings.layout == "padded" else 0.0,
+        "shared_share": 1 - trainer.run_tokens / trainer.real_tokens if settings.layout == "shared" else 0.0,
     }
     return Trained([dict(row) for row in trainer.state.log_history if "loss" in row], timing, trainer, settings)
 

@@ -83,6 +83,11 @@ class Fitting(Section):
     max_dropped: float
     seed: int
 
+    @property
+    def processes(self) -> int:
+        """How many processes, each with a device, run the stage together."""
+        return self.optimiser.devices
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
