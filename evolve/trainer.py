@@ -56,10 +56,11 @@ def sft_objective(loss: SFTWeights) -> Objective:
 
 
 def preference_objective(loss: PreferenceWeights, starts_at_reference: bool) -> Objective:
-    """(1 - alpha) L_DPO + alpha L_refine + nll L_NLL, per pair of the step."""
+    """(1 - alpha) L_direct + alpha L_refine + nll L_NLL, per pair of the step."""
 
     def compute(logp: Mapping[str, Tensor], batch: Mapping[str, Any], pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
-        total, metrics = losses.preference(logp, batch["reference"], loss, batch["chosen_tokens"])
+        tokens = {answer: batch[f"{answer}_tokens"] for answer in ("chosen", "rejected")}
+        total, metrics = losses.preference(logp, batch.get("reference", {}), loss, tokens)
         return total.sum() / pairs, metrics
 
     expected = losses.at_reference(loss) if starts_at_reference else {}
@@ -86,16 +87,15 @@ class PairTrainer(Trainer):
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs: list[EncodedPair] = [example["pair"] for example in examples]
-        chosen = [pair.sequences["direct_chosen"] for pair in pairs]
         batch: dict[str, Any] = {
             "ids": [pair.id for pair in pairs],
-            "chosen_tokens": torch.tensor([len(sequence.ids) - sequence.answer for sequence in chosen]),
+            **{f"{answer}_tokens": _answer_tokens(pairs, f"direct_{answer}") for answer in ("chosen", "rejected")},
             **pad([pair.sequences[name] for name in self.objective.names for pair in pairs], self.pad_id),
         }
         if "reference" in examples[0]:
             batch["reference"] = {
                 name: torch.tensor([example["reference"][name] for example in examples])
-                for name in self.objective.names
+                for name in examples[0]["reference"]
             }
         return batch
 
@@ -116,7 +116,7 @@ class PairTrainer(Trainer):
             )
         if self.state.global_step == 0:
             for name, value in self.objective.expected.items():
-                if name in metrics and abs(metrics[name].mean().item() - value) > self.tolerance:
+                if name in metrics and abs(metrics[name].mean().item() - value) > self.tolerance * max(1.0, value):
                     raise RuntimeError(
                         f"{name} is {metrics[name].mean().item():.6f} at the first step and must be {value:.6f}: the "
                         "reference log-probabilities are not this policy's"
@@ -130,6 +130,10 @@ class PairTrainer(Trainer):
         metrics = {name: torch.cat(values) for name, values in self._sums.items()}
         self._sums = {}
         return {name: (value.sum() if name == "loss" else value.mean()).item() for name, value in metrics.items()}
+
+
+def _answer_tokens(pairs: Sequence[EncodedPair], name: str) -> Tensor:
+    return torch.tensor([len(pair.sequences[name].ids) - pair.sequences[name].answer for pair in pairs])
 
 
 class _Steps(TrainerCallback):

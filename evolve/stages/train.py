@@ -1,4 +1,4 @@
-"""Preference training: (1 - alpha) L_DPO + alpha L_refine on pairs, against stored reference log-probabilities."""
+"""Preference training: (1 - alpha) L_direct + alpha L_refine on pairs, against stored reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evolve.store import Report
 if TYPE_CHECKING:
     from evolve.trainer import Objective
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Fitting):
@@ -42,7 +42,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
                     for row_id, value in zip(ids, values, strict=True):
                         reference.setdefault(f"{number}/{row_id}", {})[column] = float(value)
     objective = preference_objective(config.loss, config.starts_at_reference)
-    report, steps = fit(config, objective, rows, reference, inputs["model"], out, context)
+    report, steps = fit(config, objective, rows, reference or None, inputs["model"], out, context)
     write_rows(out / "steps.jsonl", steps)
     return report
 
