@@ -27,6 +27,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DirectLoss = Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -156,7 +157,7 @@ class PreferenceWeights(Section):
     """L = (1 - alpha) L_direct + alpha L_refine + nll L_NLL; None stands where a weight of 0 makes a setting idle."""
 
     alpha: float
-    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"] | None = "dpo"
+    direct: DirectLoss | None = "dpo"
     lengths: Literal["sum", "mean"] | None = "sum"
     gamma: float | None = None
     beta_direct: float | None
@@ -166,16 +167,10 @@ class PreferenceWeights(Section):
     nll: float
 
     @property
-    def contexts(self) -> tuple[str, ...]:
-        """Which sequences are needed: direct answers, refinements, or both."""
-        direct, refines = self.alpha < 1 or self.nll > 0, self.alpha > 0 or self.direct == "srpo"
-        return ("direct",) * direct + ("refine",) * refines
-
-    @property
     def reference_contexts(self) -> tuple[str, ...]:
-        """Those of `contexts` whose log-probabilities under the reference model are needed too."""
-        relative = self.direct not in (None, "simpo")
-        return tuple(name for name in self.contexts if name == "refine" or relative)
+        """Where log-probabilities under the reference model are needed: of direct answers, of refinements, or both."""
+        direct, refines = self.direct not in (None, "simpo"), self.alpha > 0 or self.direct == "srpo"
+        return ("direct",) * direct + ("refine",) * refines
 
 
 class PolicyGradient(Section):
@@ -195,7 +190,7 @@ class Loss(Section):
     sft_direct: Weight
     sft_refine: Weight
     pt: Literal["pairs", "rewards", "none"]
-    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
+    direct: DirectLoss
     lengths: Literal["sum", "mean"]
     gamma: Weight
     alpha: Share

@@ -83,7 +83,8 @@ def preference_objective(loss: PreferenceWeights, starts_at_reference: bool) -> 
     """(1 - alpha) L_direct + alpha L_refine + nll L_NLL, per pair of the step."""
 
     def compute(logp: Mapping[str, Tensor], batch: Mapping[str, Any], count: float) -> tuple[Tensor, dict[str, Tensor]]:
-        total, metrics = losses.preference(logp, batch["reference"], loss, batch["tokens"])
+        total, metrics = losses.preference(logp, batch.get("reference", {}), loss, batch["tokens"])
+        metrics |= {f"{answer}_tokens": lengths.float() for answer, lengths in batch["tokens"].items()}
         return total.sum() / count, metrics
 
     expected = losses.at_reference(loss) if starts_at_reference else {}

@@ -119,6 +119,35 @@ def test_the_first_step_is_at_the_reference(model, examples):
     assert first["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("lengths", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("direct", "beta"), [("dpo", 0.1), ("ipo", 0.1), ("simpo", 2.0), ("sppo", 0.001), ("srpo", 0.1)], ids=str
+)
+def test_each_direct_loss_starts_where_it_must(model, examples, direct, beta, lengths):
+    """With no more of the reference than the loss needs, and at the betas of its conf file."""
+    loss = PreferenceWeights(
+        alpha=0.0,
+        direct=direct,
+        lengths=lengths,
+        gamma=1.0 if direct == "simpo" else None,
+        beta_direct=beta,
+        beta_refine=None,
+        refine_contexts=None,
+        refine_scale=None,
+        nll=0.0,
+    )
+    names = losses.needed_of_reference(loss)
+    some = [{**e, "reference": {name: e["reference"][name] for name in names}} for e in examples]
+    if not names:
+        some = [{"pair": example["pair"]} for example in examples]
+    before = weights(model)
+    first = fit(model, trainer.preference_objective(loss, bool(names)), some)[0]
+    for name, value in losses.at_reference(loss).items():
+        assert first[name] == pytest.approx(value, rel=1e-5)
+    assert first["loss"] == pytest.approx(first["loss_direct"], rel=1e-5)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 @pytest.mark.parametrize("names", [losses.DIRECT, losses.REFINE[:2], losses.REFINE[2:]], ids=str)
 def test_a_wrong_reference_stops_the_first_step(model, examples, names):
     moved = [{**e, "reference": {**e["reference"], names[0]: e["reference"][names[0]] + 3}} for e in examples]

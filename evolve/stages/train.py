@@ -43,7 +43,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
                     for row_id, value in zip(ids, values, strict=True):
                         reference.setdefault(f"{number}/{row_id}", {})[column] = float(value)
     objective = preference_objective(config.loss, config.starts_at_reference)
-    return fit(config, objective, rows, reference, inputs["model"], out, context)
+    return fit(config, objective, rows, reference or None, inputs["model"], out, context)
 
 
 def fit(
