@@ -101,8 +101,8 @@ def preference(
     Returns:
         The loss [pairs], and detached metrics [pairs] by name: each term's `loss_*`, and for `direct`,
         `refine_rejected` and `refine_chosen` (which answer the context shows) `chosen_reward_*`, `rejected_reward_*`
-        (beta h, of what the loss sees), their `margin_*`, `accuracy_*` (1 where the margin is positive) and `kl_*`: -h in nats an answer, which
-        estimates KL(reference || policy) where the reference made the answers, and is a drift elsewhere.
+        (beta h, of what the loss sees), their `margin_*`, `accuracy_*` (1 where the margin is positive), and `kl_*`:
+        -h in nats an answer, which estimates KL(reference || policy) where the reference made the answers.
     """
     total = torch.zeros_like(next(iter(policy.values())))
     metrics: dict[str, Tensor] = {}

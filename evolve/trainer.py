@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from evolve import losses, pairs
@@ -419,6 +420,7 @@ def save(trained: Trained, tokenizer: Any, out: Path, dtype: str, load: Callable
     if settings.sharding != "none":
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.args.should_save:
+            unset_hf_deepspeed_config()  # or what is loaded would be sharded too, by this one process of many
             model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
             lacking = set(model.load_state_dict(state, strict=False).missing_keys)
             if lacking - set(model.all_tied_weights_keys):
