@@ -176,7 +176,7 @@ class PreferenceWeights(Section):
 class PolicyGradient(Section):
     """Policy gradient on scores of the policy's own answers, in the terms of TRL's GRPOTrainer."""
 
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"]
+    loss_type: Literal["grpo", "dapo", "dr_grpo"]  # TRL's bnpo goes by the micro-batch, which no result may
     importance: Literal["token", "sequence"]
     clip_low: Weight
     clip_high: Weight
@@ -410,6 +410,11 @@ class Config(Section):
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
                 "take filter=reward_model or filter=verifier"
             )
+        if self.loss.pt == "rewards" and self.trained_iterations and self.sampling.temperature == 0:
+            refuse(
+                "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "
+                "set one above 0"
+            )
         if self.filter.select == "best_worst" and self.filter.scorer == "none":
             refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
         if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
@@ -424,7 +429,7 @@ class Config(Section):
                 "take a filter that scores"
             )
         if self.trained_iterations and self.strategy.answers < 2:
-            refuse(f"strategy.answers={self.strategy.answers}: a pair needs at least 2 answers")
+            refuse(f"strategy.answers={self.strategy.answers}: a pair, or a group of rewards, needs at least 2")
         if self.loss.sft and not self.data.sft_pairs:
             refuse("data.sft_pairs=0: the loss has an SFT term; set loss.sft_direct=0 loss.sft_refine=0 or more pairs")
         if self.trains_reward_model and not self.data.reward_model_pairs:
