@@ -27,6 +27,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DirectLoss = Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -156,7 +157,7 @@ class PreferenceWeights(Section):
     """L = (1 - alpha) L_direct + alpha L_refine + nll L_NLL; None stands where a weight of 0 makes a setting idle."""
 
     alpha: float
-    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"] | None = "dpo"
+    direct: DirectLoss | None = "dpo"
     lengths: Literal["sum", "mean"] | None = "sum"
     gamma: float | None = None
     beta_direct: float | None
@@ -166,22 +167,16 @@ class PreferenceWeights(Section):
     nll: float
 
     @property
-    def contexts(self) -> tuple[str, ...]:
-        """Which sequences are needed: direct answers, refinements, or both."""
-        direct, refines = self.alpha < 1 or self.nll > 0, self.alpha > 0 or self.direct == "srpo"
-        return ("direct",) * direct + ("refine",) * refines
-
-    @property
     def reference_contexts(self) -> tuple[str, ...]:
-        """Those of `contexts` whose log-probabilities under the reference model are needed too."""
-        relative = self.direct not in (None, "simpo")
-        return tuple(name for name in self.contexts if name == "refine" or relative)
+        """Where log-probabilities under the reference model are needed: of direct answers, of refinements, or both."""
+        direct, refines = self.direct not in (None, "simpo"), self.alpha > 0 or self.direct == "srpo"
+        return ("direct",) * direct + ("refine",) * refines
 
 
 class PolicyGradient(Section):
     """Policy gradient on scores of the policy's own answers, in the terms of TRL's GRPOTrainer."""
 
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"]
+    loss_type: Literal["grpo", "dapo", "dr_grpo"]  # TRL's bnpo goes by the micro-batch, which no result may
     importance: Literal["token", "sequence"]
     clip_low: Weight
     clip_high: Weight
@@ -195,7 +190,7 @@ class Loss(Section):
     sft_direct: Weight
     sft_refine: Weight
     pt: Literal["pairs", "rewards", "none"]
-    direct: Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
+    direct: DirectLoss
     lengths: Literal["sum", "mean"]
     gamma: Weight
     alpha: Share
@@ -415,6 +410,11 @@ class Config(Section):
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
                 "take filter=reward_model or filter=verifier"
             )
+        if self.loss.pt == "rewards" and self.trained_iterations and self.sampling.temperature == 0:
+            refuse(
+                "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "
+                "set one above 0"
+            )
         if self.filter.select == "best_worst" and self.filter.scorer == "none":
             refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
         if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
@@ -429,7 +429,7 @@ class Config(Section):
                 "take a filter that scores"
             )
         if self.trained_iterations and self.strategy.answers < 2:
-            refuse(f"strategy.answers={self.strategy.answers}: a pair needs at least 2 answers")
+            refuse(f"strategy.answers={self.strategy.answers}: a pair, or a group of rewards, needs at least 2")
         if self.loss.sft and not self.data.sft_pairs:
             refuse("data.sft_pairs=0: the loss has an SFT term; set loss.sft_direct=0 loss.sft_refine=0 or more pairs")
         if self.trains_reward_model and not self.data.reward_model_pairs:

@@ -1,13 +1,17 @@
 """The losses, as pure functions of log-probabilities. [tags: conf/config.yaml]
 
 Notation: h = log pi(answer | context) - log pi_ref(answer | context), log-probabilities summed over the answer's
-tokens. w is the chosen answer, l the rejected one. Everything is per pair, shape [pairs]; nothing here knows of models,
-tokens or batches.
+tokens, or their mean where `lengths` says so. w is the chosen answer, l the rejected one. Everything is per pair, shape
+[pairs]; nothing here knows of models, tokens or batches.
+
+TRL writes the same equations inside its trainers' steps, where they can't be called apart from the trainer;
+tests/test_losses_trl.py holds ours equal to theirs, wherever TRL has the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +30,34 @@ REFINE = (
 
 
 def dpo(h_w: Tensor, h_l: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta (h_w - h_l)): the direct loss [indirect]; log 2 where the policy is the reference."""
+    """-log sigmoid(beta (h_w - h_l)): DPO (2305.18290), the method's direct loss [indirect]. log 2 at the reference."""
     return -logsigmoid(beta * (h_w - h_l))
+
+
+def ipo(h_w: Tensor, h_l: Tensor, beta: float) -> Tensor:
+    """(h_w - h_l - 1 / (2 beta))^2: IPO (2310.12036, eq. 17; its tau is beta). 1 / (4 beta^2) at the reference."""
+    return (h_w - h_l - 1 / (2 * beta)) ** 2
+
+
+def simpo(logp_w: Tensor, logp_l: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta (logp_w - logp_l) - gamma): SimPO (2405.14734, eq. 6), of means and with no reference."""
+    return -logsigmoid(beta * (logp_w - logp_l) - gamma)
+
+
+def sppo(h_w: Tensor, h_l: Tensor, beta: float) -> Tensor:
+    """(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2: SPPO (2405.00675, eq. 4.7), 1 / (2 beta^2) at the reference.
+
+    beta is 1 / eta, and the chosen answer is taken to win with certainty, as in TRL's `sppo_hard`.
+    """
+    return (h_w - 1 / (2 * beta)) ** 2 + (h_l + 1 / (2 * beta)) ** 2
+
+
+def srpo_generation(h_w: Tensor, h_l: Tensor, h_w_after_l: Tensor, h_l_after_w: Tensor, beta: float) -> Tensor:
+    """(1/2 - beta/2 [h_w - h_l + h(y_w|x,y_l,z) - h(y_l|x,y_w,z)])^2: SRPO's L_gen (2406.01660) [reconstructed].
+
+    1/4 at the reference. SRPO is this and `refine`, mixed by alpha.
+    """
+    return (0.5 - beta / 2 * (h_w - h_l + h_w_after_l - h_l_after_w)) ** 2
 
 
 def refine(h_w: Tensor, h_l: Tensor, beta: float, scale: float = 1.0) -> Tensor:
@@ -35,60 +65,109 @@ def refine(h_w: Tensor, h_l: Tensor, beta: float, scale: float = 1.0) -> Tensor:
     return scale * (0.5 - beta * (h_w - h_l)) ** 2
 
 
+@dataclass(frozen=True)
+class Direct:
+    """An L_direct: a function of what its sequences have (h, or the policy's own logp), then of its settings."""
+
+    function: Callable[..., Tensor]
+    sequences: tuple[str, ...] = DIRECT
+    settings: tuple[str, ...] = ("beta_direct",)  # of PreferenceWeights
+    relative: bool = True  # False: there is no reference
+
+
+DIRECT_LOSSES = {
+    "dpo": Direct(dpo),
+    "ipo": Direct(ipo),
+    "simpo": Direct(simpo, settings=("beta_direct", "gamma"), relative=False),
+    "sppo": Direct(sppo),
+    "srpo": Direct(srpo_generation, sequences=(*DIRECT, "rejected_chosen", "chosen_rejected")),
+}
+
+
 def preference(
-    policy: Mapping[str, Tensor], reference: Mapping[str, Tensor], loss: PreferenceWeights, lengths: Tensor
+    policy: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    loss: PreferenceWeights,
+    tokens: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1 - alpha) L_DPO + alpha L_refine + nll L_NLL, and what is worth logging.
+    """(1 - alpha) L_direct + alpha L_refine + nll L_NLL, and what is worth logging.
 
     Args:
-        policy: log-probabilities [pairs] of this step's weights under the names of DIRECT and REFINE; those of a term
-            whose weight is 0 may be absent.
-        reference: the same under the reference model.
-        lengths: tokens [pairs] of the chosen answers; the NLL term is per token.
+        policy: log-probabilities [pairs], summed over the answers' tokens, of this step's weights, under the names
+            that `needed` gives.
+        reference: the same under the reference model, under the names that `needed_of_reference` gives.
+        tokens: the answers' lengths [pairs] in tokens, under 'chosen' and 'rejected'. The NLL term is per token.
 
     Returns:
-        The loss [pairs], and detached metrics [pairs] by name.
+        The loss [pairs], and detached metrics [pairs] by name: each term's `loss_*`, and for `direct`,
+        `refine_rejected` and `refine_chosen` (which answer the context shows) `chosen_reward_*`, `rejected_reward_*`
+        (beta h, of what the loss sees), their `margin_*`, `accuracy_*` (1 where the margin is positive), and `kl_*`:
+        -h in nats an answer, which estimates KL(reference || policy) where the reference made the answers.
     """
-    if loss.direct not in ("dpo", None):
-        raise NotImplementedError(f"loss.direct={loss.direct}: not built yet; dpo is")
-    h = {name: policy[name] - reference[name] for name in policy}
-    total = torch.zeros_like(next(iter(h.values())))
+    total = torch.zeros_like(next(iter(policy.values())))
     metrics: dict[str, Tensor] = {}
-    if loss.beta_direct is not None:
-        metrics["loss_direct"] = dpo(h["direct_chosen"], h["direct_rejected"], loss.beta_direct)
+    h = {name: policy[name] - reference[name] for name in needed_of_reference(loss)}
+
+    def judge(name: str, chosen: Tensor, rejected: Tensor) -> None:
+        metrics[f"chosen_reward_{name}"], metrics[f"rejected_reward_{name}"] = chosen, rejected
+        metrics[f"margin_{name}"] = chosen - rejected
+        metrics[f"accuracy_{name}"] = (chosen > rejected).to(chosen.dtype)
+
+    if loss.direct is not None and loss.beta_direct is not None:
+        direct = DIRECT_LOSSES[loss.direct]
+        seen = [(h if direct.relative else policy)[name] for name in direct.sequences]
+        if loss.lengths == "mean":
+            seen = [value / tokens[name.split("_")[1]] for name, value in zip(direct.sequences, seen, strict=True)]
+        metrics["loss_direct"] = direct.function(*seen, *(getattr(loss, name) for name in direct.settings))
         total = total + (1 - loss.alpha) * metrics["loss_direct"]
-        metrics["margin_direct"] = loss.beta_direct * (h["direct_chosen"] - h["direct_rejected"])
+        judge("direct", loss.beta_direct * seen[0], loss.beta_direct * seen[1])
     if loss.beta_refine is not None and loss.refine_scale is not None:
-        squares = refine(h["rejected_chosen"], h["rejected_rejected"], loss.beta_refine, loss.refine_scale)
-        metrics["loss_refine_rejected"] = squares
-        if loss.refine_contexts == "both":
-            kept = refine(h["chosen_chosen"], h["chosen_rejected"], loss.beta_refine, loss.refine_scale)
-            metrics["loss_refine_chosen"] = kept
-            squares = squares + kept
-        total = total + loss.alpha * squares
-        metrics["margin_refine"] = loss.beta_refine * (h["rejected_chosen"] - h["rejected_rejected"])
+        for context in ("rejected", "chosen") if loss.refine_contexts == "both" else ("rejected",):
+            names = (f"{context}_chosen", f"{context}_rejected")
+            h_w, h_l = (h[name] for name in names)
+            metrics[f"loss_refine_{context}"] = refine(h_w, h_l, loss.beta_refine, loss.refine_scale)
+            total = total + loss.alpha * metrics[f"loss_refine_{context}"]
+            judge(f"refine_{context}", loss.beta_refine * h_w, loss.beta_refine * h_l)
     if loss.nll > 0:
-        metrics["loss_nll"] = -policy["direct_chosen"] / lengths
+        metrics["loss_nll"] = -policy["direct_chosen"] / tokens["chosen"]
         total = total + loss.nll * metrics["loss_nll"]
+    for context in ("direct", "rejected", "chosen"):
+        if f"{context}_chosen" in h and f"{context}_rejected" in h:
+            name = "direct" if context == "direct" else f"refine_{context}"
+            metrics[f"kl_{name}"] = -(h[f"{context}_chosen"] + h[f"{context}_rejected"]) / 2
     return total, {name: value.detach() for name, value in metrics.items()}
 
 
 def needed(loss: PreferenceWeights) -> tuple[str, ...]:
     """The sequences that preference training with these weights has to run through the policy."""
-    names: tuple[str, ...] = ()
-    if "direct" in loss.contexts:
-        names += DIRECT
-    if "refine" in loss.contexts:
-        names += REFINE if loss.refine_contexts == "both" else REFINE[:2]
-    return names
+    names = set(needed_of_reference(loss))
+    if loss.direct is not None:
+        names.update(DIRECT_LOSSES[loss.direct].sequences)
+    if loss.nll > 0:
+        names.add("direct_chosen")
+    return tuple(name for name in DIRECT + REFINE if name in names)
+
+
+def needed_of_reference(loss: PreferenceWeights) -> tuple[str, ...]:
+    """Those of which the reference model's log-probabilities are needed too."""
+    names: set[str] = set()
+    if loss.direct is not None and DIRECT_LOSSES[loss.direct].relative:
+        names.update(DIRECT_LOSSES[loss.direct].sequences)
+    if loss.beta_refine is not None:
+        names.update(REFINE if loss.refine_contexts == "both" else REFINE[:2])
+    return tuple(name for name in DIRECT + REFINE if name in names)
 
 
 def at_reference(loss: PreferenceWeights) -> dict[str, float]:
-    """What each term must be, exactly, while the policy is the reference: log 2, and scale / 4."""
-    from math import log
-
-    square = (loss.refine_scale or 0) / 4
-    return {"loss_direct": log(2), "loss_refine_rejected": square, "loss_refine_chosen": square}
+    """What each `loss_*` must be, exactly, while the policy is the reference; a term without a reference has no such
+    value."""
+    zeros = {name: torch.zeros(1, dtype=torch.float64) for name in needed(loss)}
+    ones = {answer: torch.ones(1) for answer in ("chosen", "rejected")}
+    _, metrics = preference(zeros, zeros, loss, ones)
+    known = [f"loss_refine_{context}" for context in ("rejected", "chosen")]
+    if loss.direct is not None and DIRECT_LOSSES[loss.direct].relative:
+        known.append("loss_direct")
+    return {name: metrics[name].item() for name in known if name in metrics}
 
 
 def sft(logp: Mapping[str, Tensor], loss: SFTWeights, tokens: float) -> Tensor:

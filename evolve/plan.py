@@ -1,6 +1,7 @@
 """The members of a sweep -> one graph of stages, each once; what is reused, what is new and why, what it costs.
 
     activate (SFT) -> offline (PT on the data's own pairs) -> N x [respond -> score -> pair -> reference -> train]
+    or, where the loss is on rewards:  activate (SFT) -> N x [reinforce]
     and after each of base, activation, offline and iterations: respond -> score -> evaluate on held-out prompts
 
 Everything here is cheap: no model is loaded, nothing is written.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve import sources
-from evolve.config import Config, ConfigError, Sampling, Strategy
+from evolve.config import Config, Sampling, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -95,7 +96,7 @@ class _Builder:
         self.reward_model = self.scoring_model(resolve) if config.uses_reward_model else None
 
     def loop(self) -> None:
-        """base -> SFT -> offline -> iterations, with an evaluation after each."""
+        """base -> SFT -> offline (of pairs alone) -> iterations, with an evaluation after each."""
         config = self.config
         self.phase = "base"
         self.evaluate(self.base)
@@ -107,9 +108,7 @@ class _Builder:
         post_sft = policy
         if config.loss.pt == "none":
             return
-        if config.loss.rewards is not None:
-            raise ConfigError(f"loss.name={config.loss.name}: training on rewards is not built yet")
-        if config.data.offline_pairs:
+        if config.loss.preference is not None and config.data.offline_pairs:
             self.phase = "offline"
             policy = self.train(
                 policy, policy, {"0": self.rows("pairs", config.data.sft_pairs, config.data.offline_pairs)}
@@ -118,9 +117,13 @@ class _Builder:
         pairs: dict[str, Stage] = {}
         for turn in range(1, config.iteration.count + 1):
             self.phase = f"iteration {turn}"
-            pairs = {**(pairs if config.iteration.data == "all" else {}), str(turn): self.own_pairs(policy, turn)}
             models = {"previous": policy, "initial": self.base, "post_sft": post_sft}
-            policy = self.train(models[config.iteration.start], models[config.iteration.reference], pairs)
+            start, reference = models[config.iteration.start], models[config.iteration.reference]
+            if config.loss.rewards is not None:
+                policy = self.reinforce(start, reference, turn)
+            else:
+                pairs = {**(pairs if config.iteration.data == "all" else {}), str(turn): self.own_pairs(policy, turn)}
+                policy = self.train(start, reference, pairs)
             self.evaluate(policy)
 
     def add(self, kind: str, inputs: Mapping[str, Artefact], **settings: Any) -> Stage:
@@ -251,13 +254,15 @@ class _Builder:
             **self.fitting(),
         )
 
+    def prompts(self, turn: int) -> Stage:
+        """One iteration's, the same whatever the loss."""
+        count = self.config.data.prompts
+        return self.rows("prompts", (turn - 1) * count + (0 if self.embedded else self.pairs_used), count)
+
     def own_pairs(self, policy: Artefact, turn: int) -> Stage:
         """One iteration's pairs, from the policy's own answers to fresh prompts."""
-        config, data = self.config, self.config.data
-        prompts = self.rows(
-            "prompts", (turn - 1) * data.prompts + (0 if self.embedded else self.pairs_used), data.prompts
-        )
-        answers = self.respond(policy, prompts, config.strategy, config.sampling, config.seed)
+        config = self.config
+        answers = self.respond(policy, self.prompts(turn), config.strategy, config.sampling, config.seed)
         inputs = {"answers": answers}
         if config.filter.scorer != "none":
             inputs["scores"] = self.score(config.filter.scorer, answers)
@@ -290,6 +295,32 @@ class _Builder:
             learning_rate=config.model.learning_rate.pt,
             starts_at_reference=bool(loss.reference_contexts) and start.id == reference.id,
             **self.fitting(),
+        )
+
+    def reinforce(self, start: Artefact, reference: Artefact, turn: int) -> Stage:
+        """Policy gradient from `start` on one iteration's prompts, with the filter's scorer for the rewards."""
+        config, loss = self.config, self.config.loss.rewards
+        assert loss is not None
+        inputs = {"model": start, "prompts": self.prompts(turn)}
+        if loss.kl > 0 and reference.id != start.id:
+            inputs["reference"] = reference
+        return self.add(
+            "reinforce",
+            self.with_scorer(config.filter.scorer, inputs),
+            model=self.read,
+            checkpoint_dtype=config.model.checkpoint_dtype,
+            loss=loss,
+            answers=config.strategy.answers,
+            sampling=config.sampling,
+            scorer=self.scoring(config.filter.scorer),
+            unfinished=config.filter.unfinished,
+            optimiser=config.trainer.optimiser,
+            learning_rate=config.model.learning_rate.pt,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_new_tokens=config.data.max_response_tokens,
+            max_length=config.data.max_length,
+            seed=config.seed,
+            generation_batch=config.engine.batch_size,
         )
 
 

@@ -235,12 +235,12 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         for note in final.parent.glob(f".tmp-{final.name}-*.owner"):  # of builds that were killed on this machine
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-                if _gone(json.loads(note.read_text())):
+                if ended(json.loads(note.read_text())):
                     shutil.rmtree(note.with_suffix(""), ignore_errors=True)
                     note.unlink(missing_ok=True)
         temporary = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
         owner = temporary.with_suffix(".owner")
-        owner.write_text(json.dumps(_process()))
+        owner.write_text(json.dumps(this_process()))
         temporary.mkdir()
         try:
             yield temporary
@@ -346,7 +346,7 @@ class Lease:
         path.parent.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         mine = path.parent / f".tmp-lease-{token}"
-        mine.write_text(json.dumps({**_process(), "token": token}))
+        mine.write_text(json.dumps({**this_process(), "token": token}))
         try:
             for _ in range(3):
                 try:
@@ -390,7 +390,7 @@ class Lease:
     def _is_stale(cls, content: bytes, path: Path, timeout: float) -> bool:
         try:
             holder = json.loads(content)
-            gone = _gone(holder)
+            gone = ended(holder)
         except (ValueError, KeyError, TypeError):
             return True  # a lease appears whole, so this one is damaged
         if gone is not None:
@@ -422,7 +422,7 @@ class Lease:
         self.release()
 
 
-def _process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     """This process: its machine and pid namespace (only there does a pid mean the same process), pid, and birth."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
@@ -432,9 +432,9 @@ def _process() -> dict[str, Any]:
     return {"host": f"{socket.gethostname()}:{space}", "pid": me.pid, "born": me.create_time()}
 
 
-def _gone(process: Mapping[str, Any]) -> bool | None:
-    """Whether a process of `_process` has ended; None where this machine can't tell."""
-    if process["host"] != _process()["host"]:
+def ended(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process of `this_process` has ended; None where this machine can't tell."""
+    if process["host"] != this_process()["host"]:
         return None
     try:
         found = psutil.Process(process["pid"])

@@ -118,6 +118,7 @@ class Completion:
     text: str
     tokens: int
     end: str  # as Answer.end
+    ids: tuple[int, ...] = ()  # the tokens themselves, the one that ended it too, from an engine that has them
 
 
 def run(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from evolve import losses, pairs
@@ -83,7 +84,8 @@ def preference_objective(loss: PreferenceWeights, starts_at_reference: bool) -> 
     """(1 - alpha) L_direct + alpha L_refine + nll L_NLL, per pair of the step."""
 
     def compute(logp: Mapping[str, Tensor], batch: Mapping[str, Any], count: float) -> tuple[Tensor, dict[str, Tensor]]:
-        total, metrics = losses.preference(logp, batch["reference"], loss, batch["tokens"])
+        total, metrics = losses.preference(logp, batch.get("reference", {}), loss, batch["tokens"])
+        metrics |= {f"{answer}_tokens": lengths.float() for answer, lengths in batch["tokens"].items()}
         return total.sum() / count, metrics
 
     expected = losses.at_reference(loss) if starts_at_reference else {}
@@ -362,8 +364,8 @@ def train(
     timing = {
         "train_seconds": seconds,
         "tokens_per_second": devices * trainer.real_tokens / seconds,
-        "run_tokens_per_second": devices * trainer.run_tokens / seconds,
-        "tokens_shared_or_padded": trainer.run_tokens / max(1, trainer.real_tokens),
+        "padding_share": 1 - trainer.real_tokens / trainer.run_tokens if settings.layout == "padded" else 0.0,
+        "shared_share": 1 - trainer.run_tokens / trainer.real_tokens if settings.layout == "shared" else 0.0,
     }
     return Trained([dict(row) for row in trainer.state.log_history if "loss" in row], timing, trainer, settings)
 
@@ -420,6 +422,7 @@ def save(trained: Trained, tokenizer: Any, out: Path, dtype: str, load: Callable
     if settings.sharding != "none":
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.args.should_save:
+            unset_hf_deepspeed_config()  # or what is loaded would be sharded too, by this one process of many
             model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
             lacking = set(model.load_state_dict(state, strict=False).missing_keys)
             if lacking - set(model.all_tied_weights_keys):

@@ -53,6 +53,7 @@ class Setting:
 
 def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
     """Builds one stage under its lease and commits it."""
+    from evolve import ranks
     from evolve.stages import Context, module
 
     store = setting.store
@@ -71,7 +72,11 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
             inputs = {name: store.open(item) for name, item in stage.inputs.items()}
             with store.build(stage) as folder:
                 context = Context(_device(setting.resources.device), progress, store.partial(stage.id))
-                report = module(stage.kind).run(stage.config, inputs, folder, context)
+                processes = getattr(stage.config, "processes", 1)
+                if processes > 1:
+                    report = ranks.run(stage, inputs, folder, context, processes)
+                else:
+                    report = module(stage.kind).run(stage.config, inputs, folder, context)
                 store.commit(stage, folder, report, provenance(setting.code, started))
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit):

@@ -22,13 +22,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MemberResult:
-    """A member and what has been measured of it so far; `missing` names the phases that have not been."""
+    """A member and what has been measured of it so far; `missing` names the phases that have not been.
+
+    `generated` has the tokens that were drawn for training up to each phase's end, those for evaluation apart.
+    """
 
     name: str
     config: dict[str, Any]
     steps: list[dict[str, str]]
     measurements: list[Measurement]
     missing: list[str]
+    generated: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,36 @@ def load(folder: Path) -> Sweep:
                 found.append(Measurement(step["phase"], measurement.id, measurement.metrics, measurement.record))
             else:
                 missing.append(step["phase"])
-        members.append(MemberResult(member["name"], member["config"], member["steps"], found, missing))
+        generated = _generated(store, member["steps"])
+        members.append(MemberResult(member["name"], member["config"], member["steps"], found, missing, generated))
     return Sweep(folder, store, members)
 
 
-def _measurement(store: Store, step: dict[str, str]) -> Measurement | None:
+def _record(store: Store, stage_id: str) -> dict[str, Any] | None:
     try:
-        record = store.read(step["id"])
+        return store.read(stage_id)
     except Corrupt:
         return None
+
+
+def _generated(store: Store, steps: list[dict[str, str]]) -> dict[str, int]:
+    """By phase, up to the first that lacks a record. Of `respond`, the answers that pairs are made of count."""
+    total, found = 0, dict[str, int]()
+    for step in steps:
+        if step["kind"] == "evaluate":
+            found[step["phase"]] = total
+        elif step["kind"] in ("pair", "reinforce"):
+            record = _record(store, step["id"])
+            if record is not None and step["kind"] == "pair":
+                record = _record(store, record["inputs"]["answers"])
+            if record is None:
+                break
+            total += record["tokens"]["generated"]
+    return found
+
+
+def _measurement(store: Store, step: dict[str, str]) -> Measurement | None:
+    record = _record(store, step["id"])
     if record is None:
         return None
     metrics = json.loads((store.folder(step["id"]) / "metrics.json").read_text())

@@ -31,6 +31,11 @@ def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any
     return found
 
 
+def _shows_generated(sweep: Sweep, metric: str) -> bool:
+    """The first metric's table says too what each member has generated for its training, where any has."""
+    return metric == next(iter(METRICS)) and any(any(member.generated.values()) for member in sweep.members)
+
+
 def grid(sweep: Sweep, metric: str) -> list[list[str]]:
     """Rows of cells, the header first: member, answers, then each phase. Empty if nothing has the metric."""
     rows = []
@@ -45,6 +50,9 @@ def grid(sweep: Sweep, metric: str) -> list[list[str]]:
                     cells.append("missing" if phase in member.missing else "")
             if any(cell not in ("", "-", "missing") for cell in cells):
                 rows.append([member.name, kind, *cells])
+        if _shows_generated(sweep, metric) and member.measurements:
+            tokens = {phase: f"{count:,}" for phase, count in member.generated.items()}
+            rows.append([member.name, "generated", *(tokens.get(phase, "") for phase in sweep.phases)])
     return [["member", "answers", *sweep.phases], *rows] if rows else []
 
 
@@ -55,10 +63,11 @@ def title(sweep: Sweep, metric: str) -> str:
     counts = sorted({measurement.metrics["turns"][0]["reward"]["n"] for measurement in found})
     dropped = {measurement.id: sum(measurement.record["dropped"].values()) for measurement in found}
     unscored = sum(dropped.values())
+    spent = "; generated: tokens drawn for training so far" if _shows_generated(sweep, metric) else ""
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"{METRICS[metric]} on {n} held-out prompts, ±: 95 % interval over prompts (not over training seeds); "
-        f"{'; '.join(protocols)}; {unscored or 'no'} prompts unscored; gain: refined - direct, paired"
+        f"{'; '.join(protocols)}; {unscored or 'no'} prompts unscored; gain: refined - direct, paired{spent}"
     )
 
 
@@ -93,7 +102,8 @@ def write(sweep: Sweep) -> None:
     (sweep.folder / "table.md").write_text("\n".join(filter(None, (markdown(sweep, metric) for metric in METRICS))))
     with (sweep.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["member", "phase", "turn", "metric", "value", "low", "high", "n", "protocol", "record"])
+        header = ["member", "phase", "turn", "metric", "value", "low", "high", "n", "protocol", "record", "generated"]
+        out.writerow(header)
         for member in sweep.members:
             for measurement in member.measurements:
                 for turn in measurement.metrics["turns"]:
@@ -103,4 +113,5 @@ def write(sweep: Sweep) -> None:
                                 [member.name, measurement.phase, turn["turn"], metric]
                                 + [estimate[key] for key in ("value", "low", "high", "n")]
                                 + [measurement.metrics["protocol"], measurement.id]
+                                + [member.generated.get(measurement.phase, "")]
                             )

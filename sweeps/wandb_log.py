@@ -17,6 +17,8 @@ from evolve.store import digest
 from sweeps import collect
 from sweeps.collect import Measurement, MemberResult, Sweep
 
+TRAINING = ("activate", "train", "reinforce")
+
 
 def run_id(member: MemberResult) -> str:
     return digest([step["id"] for step in member.steps])[:16]
@@ -68,13 +70,35 @@ def log(sweep: Sweep) -> tuple[int, str]:
         )
         run.define_metric("phase")
         run.define_metric("*", step_metric="phase")
+        run.define_metric("optimiser_step")
+        for kind in TRAINING:
+            run.define_metric(f"{kind}/*", step_metric="optimiser_step")
         order = {phase: number for number, phase in enumerate(sweep.phases)}
         for measurement in fresh:
-            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics)})
+            for row in _steps(sweep, member, measurement.phase):
+                run.log(row)
+            tokens = {"generated": member.generated[measurement.phase]} if measurement.phase in member.generated else {}
+            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics), **tokens})
         run.log({"by turn": _table(wandb, member), "phase": order[fresh[-1].phase]})
         run.finish()
         _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
     return len(waiting), how
+
+
+def _steps(sweep: Sweep, member: MemberResult, phase: str) -> list[dict[str, float]]:
+    """What a phase's training logged of its optimiser steps, which are numbered through the member's phases."""
+    found, before = [], 0
+    for step in member.steps:
+        file = sweep.store.folder(step["id"]) / "steps.jsonl"
+        if step["kind"] not in TRAINING or not file.exists():
+            continue
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        if step["phase"] == phase:
+            for row in rows:
+                number = row.pop("step")
+                found.append({"optimiser_step": before + number, **{f"{step['kind']}/{key}": row[key] for key in row}})
+        before += len(rows)
+    return found
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:

@@ -363,12 +363,120 @@ def test_alpha_belongs_to_preference_training(alpha: float) -> None:
     assert (ids_of(other, "train") == ids_of(base, "train")) == (alpha == base.loss.alpha)
 
 
-@given(beta=st.floats(1e-3, 10), scale=st.floats(0.1, 10), contexts=st.sampled_from(["both", "rejected"]))
-@hypothesis_settings(max_examples=30, deadline=None)
-def test_idle_weights_do_not_count(beta: float, scale: float, contexts: str) -> None:
-    values = {"loss.beta_refine": beta, "loss.refine_scale": scale, "loss.refine_contexts": contexts}
-    base = composed("debug=fast", "loss=none")
-    assert ids(changed(base, **values)) == ids(config.load(base))
+PREFERENCE = {
+    "loss.direct": st.sampled_from(["dpo", "ipo", "simpo", "sppo", "srpo"]),
+    "loss.lengths": st.sampled_from(["sum", "mean"]),
+    "loss.gamma": st.floats(0, 3),
+    "loss.alpha": st.floats(0, 1),
+    "loss.beta_direct": st.floats(1e-3, 10),
+    "loss.beta_refine": st.floats(1e-3, 10),
+    "loss.refine_contexts": st.sampled_from(["both", "rejected"]),
+    "loss.refine_scale": st.floats(0.1, 10),
+    "loss.nll": st.floats(0, 2),
+}
+REWARDS = {"loss.policy_gradient": st.just(composed("loss=grpo")["loss"]["policy_gradient"])}
+REFINE = ("loss.beta_refine", "loss.refine_contexts", "loss.refine_scale")
+IDLE = {  # overrides -> settings that can't change what they give
+    ("loss=none",): (*REFINE, "loss.gamma", *REWARDS),
+    ("loss=ipo",): (*REFINE, "loss.gamma", *REWARDS),
+    ("loss=simpo",): (*REFINE, *REWARDS),
+    ("loss=srpo",): ("loss.gamma", *REWARDS),
+    ("loss=pt", "loss.alpha=1"): ("loss.direct", "loss.lengths", "loss.gamma", "loss.beta_direct", *REWARDS),
+    ("loss=sft_only",): (*PREFERENCE, *REWARDS),
+}
+
+
+@pytest.mark.parametrize("overrides", IDLE, ids=" ".join)
+@given(data=st.data())
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_idle_settings_of_a_loss_do_not_count(overrides: tuple[str, ...], data: st.DataObject) -> None:
+    base = composed("debug=fast", *overrides)
+    settings = {key: value for key, value in {**PREFERENCE, **REWARDS}.items() if key in IDLE[overrides]}
+    assert ids(changed(base, **data.draw(st.fixed_dictionaries(settings)))) == ids(config.load(base))
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "value"),
+    [
+        ("none", "loss.direct", "ipo"),
+        ("none", "loss.lengths", "mean"),
+        ("none", "loss.nll", 1.0),
+        ("simpo", "loss.gamma", 0.5),
+        ("simpo", "loss.beta_direct", 0.5),
+        ("srpo", "loss.direct", "dpo"),
+    ],
+)
+def test_settings_of_a_loss_count_for_preference_training(loss: str, key: str, value: Any) -> None:
+    base = composed("debug=fast", f"loss={loss}")
+    one, other = config.load(base), changed(base, **{key: value})
+    assert ids_of(one, "activate") == ids_of(other, "activate")
+    assert not set(ids_of(one, "train")) & set(ids_of(other, "train"))
+
+
+REFERENCES = {  # overrides -> whose log-probabilities under the reference model are needed
+    ("loss=none",): {"direct"},
+    ("loss=rpo",): {"direct"},
+    ("loss=ipo",): {"direct"},
+    ("loss=sppo",): {"direct"},
+    ("loss=simpo",): set(),
+    ("loss=simpo", "loss.nll=1"): set(),
+    ("loss=simpo", "loss.alpha=0.5"): {"refine"},
+    ("loss=both",): {"direct", "refine"},
+    ("loss=pt", "loss.alpha=1"): {"refine"},
+    ("loss=pt", "loss.alpha=1", "loss.nll=1"): {"refine"},
+    ("loss=srpo",): {"direct", "refine"},
+    ("loss=srpo", "loss.alpha=0"): {"direct", "refine"},
+}
+
+
+@pytest.mark.parametrize("overrides", REFERENCES, ids=" ".join)
+def test_references_are_made_of_what_the_loss_needs(overrides: tuple[str, ...]) -> None:
+    steps = plan.build("member", load("debug=fast", *overrides), RESOLVER).steps
+    made = {step.stage.config.contexts for step in steps if step.stage.kind == "reference"}
+    assert made == REFERENCES[overrides]
+    for step in steps:
+        if step.stage.kind == "train":
+            given = {name.split("_")[1] for name in step.stage.inputs if name.startswith("reference_")}
+            assert given == made
+            assert step.stage.config.starts_at_reference == bool(made)
+
+
+def test_without_a_reference_its_choice_is_idle() -> None:
+    for loss, same in (("simpo", True), ("none", False)):
+        one, other = (
+            load("debug=fast", f"loss={loss}", f"iteration.reference={name}") for name in ("previous", "initial")
+        )
+        assert (ids(one) == ids(other)) == same
+
+
+def test_betas_go_with_the_model() -> None:
+    def betas(*overrides: str) -> tuple[float, float]:
+        loss = load(*overrides).loss
+        return loss.beta_direct, loss.beta_refine
+
+    large = ("data=ultrafeedback", "model=llama31_8b")
+    assert betas() == (0.5, 0.5)
+    assert betas(*large) == (0.1, 0.1)
+    assert betas("model.beta=0.3") == betas("model.beta=0.3", "loss=pt") == (0.3, 0.3)
+    assert betas("loss.beta_direct=0.3") == (0.3, 0.5)
+    assert betas(*large, "loss.beta_refine=0.3") == (0.1, 0.3)
+    assert betas("loss=simpo") == (2.0, 0.5)
+    assert betas("loss=simpo", "model.beta=0.3") == (2.0, 0.3)
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "loss").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_loss_states_no_more_than_it_changes(file: Path) -> None:
+    stated = yaml.safe_load(file.read_text())
+    if file.stem == "both":
+        assert stated.keys() == config.Loss.model_fields.keys()
+        return
+    parent, own = stated.pop("defaults")
+    assert own == "_self_" and stated["name"] == file.stem
+    inherited, changes = leaves(composed(f"loss={parent}")["loss"]), leaves(stated)
+    assert {key: value for key, value in changes.items() if inherited.get(key, "absent") == value} == {}
+    if "policy_gradient" in stated:  # a section where the parent may have null
+        inherited.pop("policy_gradient", None)
+    assert leaves(composed(f"loss={file.stem}")["loss"]) == {**inherited, **changes}
 
 
 def test_losses_share_what_they_can() -> None:

@@ -157,6 +157,20 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 # ---- a sweep that nothing disturbs, and reuse
 
 
+@pytest.mark.slow
+def test_losses_of_other_papers_run(tmp_path: Path) -> None:
+    """Each first step's value is checked while they train (evolve/trainer.py), so the references are the right ones."""
+    out = tmp_path / "out"
+    done = evolve(out, "-m", "loss=rpo,ipo,simpo,sppo,srpo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (out / "sweeps").iterdir()
+    trained = {}
+    for member in json.loads((folder / "sweep.json").read_text())["members"]:
+        last = [step["id"] for step in member["steps"] if step["kind"] == "train"][-1]
+        trained[member["name"]] = contents(out)[last]["model.safetensors"]
+    assert len({str(weights) for weights in trained.values()}) == len(trained) == 5
+
+
 def test_sweep_ends_with_table_figures_and_records(finished: Path) -> None:
     (folder,) = (finished / "sweeps").iterdir()
     members = json.loads((folder / "sweep.json").read_text())["members"]

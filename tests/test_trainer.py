@@ -27,6 +27,7 @@ LORA = Lora(rank=4, alpha=8, dropout=0.0, targets="all-linear")
 NAMES = losses.DIRECT + losses.REFINE
 PAIRS = 20  # with a batch of 8: the last step of an epoch has 4
 STEPS = 6  # of two epochs
+LAYOUTS = ("padded", "packed", "shared")
 
 
 def fresh(path):
@@ -153,29 +154,42 @@ def test_a_step_is_dealt_out_once_however_many_devices_there_are(rounds, devices
 # ---- what changes nothing
 
 
-@pytest.mark.parametrize("loss", ["preference", "sft"])
+@pytest.fixture(scope="module")
+def plain(tiny, examples, objective, tmp_path_factory):
+    """Each objective, and the model and steps of a run of two epochs with nothing special."""
+    found = {}
+    for name, minimised in (("preference", objective), ("sft", trainer.sft_objective(SFT))):
+        model = fresh(tiny)
+        found[name] = minimised, model, fit(model, minimised, examples, tmp_path_factory.mktemp("c"), epochs=2).steps
+    return found
+
+
 @pytest.mark.parametrize(
-    "other",
+    ("loss", "other"),
     [
-        {"micro_batch": 2},
-        {"micro_batch": 100},
-        {"gradient_checkpointing": True},
-        {"layout": "packed"},
-        {"layout": "padded"},
-        {"layout": "padded", "micro_batch": 2, "gradient_checkpointing": True},
+        ("preference", {"micro_batch": 2}),
+        ("preference", {"micro_batch": 100}),
+        ("preference", {"gradient_checkpointing": True}),
+        ("preference", {"layout": "packed"}),
+        ("preference", {"layout": "padded"}),
+        ("preference", {"layout": "padded", "micro_batch": 2, "gradient_checkpointing": True}),
+        ("sft", {"micro_batch": 2, "gradient_checkpointing": True}),
+        ("sft", {"layout": "padded"}),
     ],
-    ids=lambda other: "-".join(f"{key}={value}" for key, value in other.items()),
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
-def test_how_a_batch_is_cut_and_laid_out_changes_nothing(tiny, examples, objective, tmp_path, loss, other):
-    objective = objective if loss == "preference" else trainer.sft_objective(SFT)
-    whole, cut, seen = fresh(tiny), fresh(tiny), []
-    expected = fit(whole, objective, examples, tmp_path, epochs=2).steps
+def test_how_a_batch_is_cut_and_laid_out_changes_nothing(tiny, examples, plain, tmp_path, loss, other):
+    objective, whole, expected = plain[loss]
+    cut, seen = fresh(tiny), []
     found = fit(cut, objective, examples, tmp_path, epochs=2, on_step=lambda *at: seen.append(at), **other).steps
     assert [step["step"] for step in expected] == list(range(1, STEPS + 1))
     assert seen == [(step["step"], STEPS) for step in found]
     assert len(expected) == len(found)
     for one, two in zip(expected, found, strict=True):
-        assert one == pytest.approx(two, abs=1e-5, rel=1e-5)
+        assert one.keys() == two.keys()
+        # At the reference margins are 0 but for rounding, so that which of them are positive means nothing.
+        names = [name for name in one if one["step"] > 1 or not name.startswith("accuracy")]
+        assert {name: one[name] for name in names} == pytest.approx({n: two[n] for n in names}, abs=1e-5, rel=1e-5)
     assert expected[-1]["loss"] != pytest.approx(expected[0]["loss"], abs=1e-3)
     before = weights(fresh(tiny))
     for name, value in weights(whole).items():
@@ -193,13 +207,13 @@ def test_the_same_seed_gives_the_same_bits(tiny, examples, objective, tmp_path):
     assert not same_bits(one, other)
 
 
-def test_tokens_run_by_layout(tiny, examples, objective, tmp_path):
-    share = {}
-    for layout in ("shared", "packed", "padded"):
-        timing = fit(fresh(tiny), objective, examples, tmp_path, layout=layout).timing
-        share[layout] = timing["tokens_shared_or_padded"]
-        assert timing["run_tokens_per_second"] == pytest.approx(share[layout] * timing["tokens_per_second"])
-    assert share["shared"] < share["packed"] == 1 < share["padded"]
+def test_what_layouts_save_and_waste(tiny, examples, objective, tmp_path):
+    run = {how: fit(fresh(tiny), objective, examples, tmp_path, layout=how).timing for how in LAYOUTS}
+    assert [timing["padding_share"] > 0 for timing in run.values()] == [True, False, False]
+    assert [timing["shared_share"] > 0 for timing in run.values()] == [False, False, True]
+    groups = [list(example["pair"].sequences.values()) for example in examples]
+    shared = pairs.batch(groups, "shared", 0)
+    assert run["shared"]["shared_share"] == pytest.approx(1 - shared.input_ids.numel() / shared.tokens)
 
 
 def test_a_model_that_cannot_be_laid_out_trains_on_padded_rows_alone(examples, tokenizer, tmp_path):
@@ -254,15 +268,44 @@ def test_the_first_step_is_at_the_reference(model, examples, objective, tmp_path
     assert first["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("lengths", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("direct", "beta"), [("dpo", 0.1), ("ipo", 0.1), ("simpo", 2.0), ("sppo", 0.001), ("srpo", 0.1)], ids=str
+)
+def test_each_direct_loss_starts_where_it_must(model, examples, tmp_path, direct, beta, lengths):
+    """With no more of the reference than the loss needs, and at the betas of its conf file."""
+    loss = PreferenceWeights(
+        alpha=0.0,
+        direct=direct,
+        lengths=lengths,
+        gamma=1.0 if direct == "simpo" else None,
+        beta_direct=beta,
+        beta_refine=None,
+        refine_contexts=None,
+        refine_scale=None,
+        nll=0.0,
+    )
+    names = losses.needed_of_reference(loss)
+    some = [{**e, "reference": {name: e["reference"][name] for name in names}} for e in examples]
+    if not names:
+        some = [{"pair": example["pair"]} for example in examples]
+    before = weights(model)
+    first = fit(model, trainer.preference_objective(loss, bool(names)), some, tmp_path).steps[0]
+    for name, value in losses.at_reference(loss).items():
+        assert first[name] == pytest.approx(value, rel=1e-5)
+    assert first["loss"] == pytest.approx(first["loss_direct"], rel=1e-5)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 @pytest.mark.parametrize("names", [losses.DIRECT, losses.REFINE[:2], losses.REFINE[2:]], ids="-".join)
-def test_a_wrong_reference_stops_the_first_step(model, examples, objective, tmp_path, names):
+def test_a_wrong_reference_stops_the_first_step(tiny, model, examples, objective, tmp_path, names):
     moved = [{**e, "reference": {**e["reference"], names[0]: e["reference"][names[0]] + 3}} for e in examples]
     before = weights(model)
     with pytest.raises(RuntimeError, match="at the first step and must be"):
         fit(model, objective, moved, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     # Where training does not start at its reference, nothing is known of the first step.
-    assert len(fit(model, trainer.preference_objective(BOTH, False), moved, tmp_path).steps) == 3
+    assert len(fit(fresh(tiny), trainer.preference_objective(BOTH, False), moved, tmp_path).steps) == 3
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
@@ -319,10 +362,10 @@ def test_a_loss_out_of_bounds_names_step_and_prompts(model, examples, objective,
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("growth", [2.0, 1000.0])
-def test_growth_within_bounds_is_let_be(tiny, examples, objective, tmp_path, growth):
-    bad, _ = spoilt(objective, 2, lambda loss: loss * growth * 0.5)
-    assert len(fit(fresh(tiny), bad, examples, tmp_path, max_loss_growth=growth).steps) == 3
+def test_growth_within_bounds_is_let_be(model, examples, objective, tmp_path):
+    grown, _ = spoilt(objective, 2, lambda loss: loss * 30)
+    steps = fit(model, grown, examples, tmp_path, max_loss_growth=50.0).steps
+    assert 10 < steps[1]["loss"] / steps[0]["loss"] < 50
 
 
 @pytest.mark.parametrize("rate", [1e3, 1e38])
@@ -391,7 +434,7 @@ def test_a_run_cut_short_ends_as_one_that_was_not(tiny, examples, objective, tmp
     interrupted(tiny, objective, examples, folder, step, epochs=2, **settings)
     model, steps, seen = resumed(tiny, objective, examples, folder, epochs=2, **settings)
     assert seen == list(range(step, STEPS + 1))
-    assert steps == whole.steps
+    assert json.dumps(steps) == json.dumps(whole.steps)
     assert same_bits(model, whole.trainer.model)
 
 
@@ -468,10 +511,10 @@ def test_a_process_killed_and_started_again_saves_the_same_bits(tiny, tmp_path, 
 def test_a_saved_model_is_a_plain_one(tiny, tokenizer, examples, objective, tmp_path, lora, dtype):
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    batch = pairs.batch([list(examples[0]["pair"].sequences.values())], "shared", 0)
-    trained, out = fit(fresh(tiny), objective, examples, tmp_path / "c", rate=3e-3, lora=lora), tmp_path / "out"
+    groups, out = [list(examples[0]["pair"].sequences.values())], tmp_path / "out"
+    trained = fit(fresh(tiny), objective, examples, tmp_path / "c", rate=1e-2 if lora else 3e-3, epochs=2, lora=lora)
     with torch.inference_mode():
-        expected = pairs.log_probabilities(trained.trainer.model.eval(), batch)
+        expected = pairs.log_probabilities(trained.trainer.model.eval(), pairs.batch(groups, "shared", 0))
     trainer.save(trained, tokenizer, out, dtype, lambda: fresh(tiny))
     for path in out.iterdir():
         if path.suffix != ".safetensors":
@@ -484,11 +527,12 @@ def test_a_saved_model_is_a_plain_one(tiny, tokenizer, examples, objective, tmp_
     assert loaded.state_dict().keys() == fresh(tiny).state_dict().keys()
     assert templates.load_tokenizer(out, None, False).get_vocab() == tokenizer.get_vocab()
     with torch.inference_mode():
-        padded = pairs.batch([list(examples[0]["pair"].sequences.values())], "padded", 0)
+        padded = pairs.batch(groups, "padded", 0)
         found = pairs.log_probabilities(pairs.prepare(loaded.float().eval(), "padded"), padded)
         before = pairs.log_probabilities(pairs.prepare(fresh(tiny).eval(), "padded"), padded)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 if dtype == "float32" else 1.0)
-    assert (before - expected).abs().max() > 1.5
+    near = 1e-4 if dtype == "float32" else 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=near)
+    assert (before - expected).abs().max() > 4 * near
 
 
 def test_a_saved_model_has_the_weights_that_were_trained(model, tiny, tokenizer, examples, objective, tmp_path):

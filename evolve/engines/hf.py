@@ -58,13 +58,17 @@ class _Draw(LogitsProcessor):
 
 
 class HFEngine:
-    def __init__(self, task: Task, batch_size: int):
+    """`model`: one that is in memory already, as a policy in training is; None: the task's is loaded."""
+
+    def __init__(self, task: Task, batch_size: int, model: Any = None):
         self.task, self.batch_size = task, batch_size
         self.tokenizer = templates.load_tokenizer(task.model, task.read.chat_template, task.read.trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            task.model, dtype=getattr(torch, task.read.dtype), trust_remote_code=task.read.trust_remote_code
-        )
-        self.model = loaded.to(task.device).eval()
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                task.model, dtype=getattr(torch, task.read.dtype), trust_remote_code=task.read.trust_remote_code
+            )
+            model = model.to(task.device)
+        self.model = model.eval()
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
@@ -131,7 +135,9 @@ class HFEngine:
             answer = ids if end is None else ids[:end]
             text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
             spent = len(ids) if end is None else end + 1
-            completions.append(Completion(request.key, text, spent, "length" if end is None else "stop"))
+            completions.append(
+                Completion(request.key, text, spent, "length" if end is None else "stop", tuple(ids[:spent]))
+            )
         return completions
 
     def close(self) -> None:

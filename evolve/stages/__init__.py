@@ -12,6 +12,7 @@ stay inside `run`, so that planning needs none.
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
     train        model, pairs, references -> model       (PT)             a model's folder, steps.jsonl
+    reinforce    model, prompts -> model                 (PT on rewards)  a model's folder, steps.jsonl
     evaluate     answers, scores -> metrics              (a benchmark)    metrics.json
 """
 
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 from evolve.config import Optimiser, Section, Template
 from evolve.store import Report, Source, Stage
 
-KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "evaluate")
+KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "reinforce", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Fitting(Section):
     max_length: int
     max_dropped: float
     seed: int
+
+    @property
+    def processes(self) -> int:
+        """How many processes, each with a device, run the stage together."""
+        return self.optimiser.devices
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

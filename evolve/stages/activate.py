@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evolve.config import SFTWeights
-from evolve.stages import Context, Fitting, read_rows, write_rows
+from evolve.stages import Context, Fitting, read_rows
 from evolve.store import Report
 
 VERSION = 2
@@ -21,6 +21,4 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     from evolve.trainer import sft_objective
 
     rows = read_rows(inputs["pairs"] / "rows.jsonl")
-    report, steps = fit(config, sft_objective(config.loss), rows, None, inputs["model"], out, context)
-    write_rows(out / "steps.jsonl", steps)
-    return report
+    return fit(config, sft_objective(config.loss), rows, None, inputs["model"], out, context)

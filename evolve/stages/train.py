@@ -43,9 +43,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
                     for row_id, value in zip(ids, values, strict=True):
                         reference.setdefault(f"{number}/{row_id}", {})[column] = float(value)
     objective = preference_objective(config.loss, config.starts_at_reference)
-    report, steps = fit(config, objective, rows, reference, inputs["model"], out, context)
-    write_rows(out / "steps.jsonl", steps)
-    return report
+    return fit(config, objective, rows, reference or None, inputs["model"], out, context)
 
 
 def fit(
@@ -56,8 +54,11 @@ def fit(
     model_path: Path,
     out: Path,
     context: Context,
-) -> tuple[Report, list[dict[str, float]]]:
-    """Loads the model, encodes the pairs, minimises the objective, saves the model. Shared with activation."""
+) -> Report:
+    """Loads the model, encodes the pairs, minimises the objective, saves the model. Shared with activation.
+
+    Where there are several processes, each runs this, and the first writes.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,8 +95,10 @@ def fit(
     )
     done = time.monotonic()
     trainer.save(trained, tokenizer, out, config.checkpoint_dtype, load)
+    if trained.trainer.args.should_save:
+        write_rows(out / "steps.jsonl", trained.steps)
     timing = {"load_seconds": loaded - started, **trained.timing, "save_seconds": time.monotonic() - done}
     steps = trained.steps
     tokens = config.epochs * sum(len(pair.sequences[name].ids) for pair in encoded for name in objective.names)
     values = {"pairs": len(encoded), "steps": len(steps), "first": steps[0], "last": steps[-1]}
-    return Report(dropped=dropped, tokens={"trained": tokens}, values=values, timing=timing), steps
+    return Report(dropped=dropped, tokens={"trained": tokens}, values=values, timing=timing)
