@@ -367,7 +367,9 @@ def train(
         "padding_share": 1 - trainer.real_tokens / trainer.run_tokens if settings.layout == "padded" else 0.0,
         "shared_share": 1 - trainer.run_tokens / trainer.real_tokens if settings.layout == "shared" else 0.0,
     }
-    return Trained([dict(row) for row in trainer.state.log_history if "loss" in row], timing, trainer, settings)
+    # The state that a checkpoint holds has its names sorted; so do all rows, or a resumed run's would differ.
+    rows = [{"step": row["step"], **dict(sorted(row.items()))} for row in trainer.state.log_history if "loss" in row]
+    return Trained(rows, timing, trainer, settings)
 
 
 def _micro_batches(
