@@ -341,6 +341,7 @@ def train(
     pairs.prepare(model, settings.layout)
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora)
+    use_cache = model.config.use_cache
     callback = _Steps(settings.checkpoint_minutes, on_step)
     trainer = PairTrainer(
         objective,
@@ -358,6 +359,7 @@ def train(
     started = time.monotonic()
     before = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    model.config.use_cache = use_cache  # which the Trainer turns off, for whoever loads what is saved too
     seconds = time.monotonic() - started
     timing = {
         "train_seconds": seconds,
