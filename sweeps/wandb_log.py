@@ -104,7 +104,7 @@ def _steps(sweep: Sweep, member: MemberResult, phase: str) -> list[dict[str, flo
 
 def _timing(sweep: Sweep, member: MemberResult, phase: str) -> dict[str, float]:
     """Where the time of a phase's training went, under timing/, by stage and name."""
-    found = {}
+    found: dict[str, float] = {}
     for step in member.steps:
         if step["phase"] == phase and step["kind"] in TRAINING:
             record = sweep.store.read(step["id"]) or {}
