@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import torch
@@ -135,11 +134,13 @@ class _Steps(TrainerCallback):
         self.rollouts, self.on_step = rollouts, on_step
         self.steps: list[dict[str, float]] = []
 
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not all(torch.isfinite(weight).all() for weight in model.parameters()):  # before answers are drawn from them
+            raise Diverged(f"the weights are not numbers after step {state.global_step}; {REMEDY}")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return  # the summary at the end
-        if not isfinite(logs["grad_norm"]):  # no loss will show it if this was the last step
-            raise Diverged(f"the gradient is not finite at step {state.global_step}; {REMEDY}")
         kept = {name: logs[name] for name in KEPT if logs.get(name) is not None}
         drawn = self.rollouts.metrics if "reward" in logs else {}  # a second pass over the same answers draws none
         self.steps.append({"step": state.global_step, **kept, **drawn})
