@@ -1,7 +1,8 @@
 """Policy gradient on an iteration's prompts: the policy draws K answers to each, a scorer's scores are the rewards.
 
 One pass, with as many answers as `respond` draws for the losses on pairs. Of `optimiser`, batches count prompts, each
-with its K answers: as many an optimiser step as there are pairs in preference training.
+with its K answers: as many an optimiser step as there are pairs in preference training. Whatever engine others have,
+transformers' draws the answers here, from the weights in training.
 """
 
 from __future__ import annotations
