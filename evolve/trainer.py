@@ -274,7 +274,7 @@ class Trained:
 
     steps: list[dict[str, float]]
     timing: dict[str, float]
-    trainer: PairTrainer
+    trainer: Trainer
     settings: Optimiser
 
 

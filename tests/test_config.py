@@ -197,6 +197,8 @@ REFUSED = {
     "loss=grpo +loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
     "loss.policy_gradient.kl=1": ["loss.policy_gradient.kl: loss.policy_gradient is null here; take a choice of loss"],
     "loss=grpo sampling.temperature=0": ["sampling.temperature=0", "loss.pt=rewards compares them"],
+    "loss=grpo trainer=fsdp": ["trainer.sharding=fsdp", "trainer.sharding=none"],
+    "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "trainer.lora", "kl=0"],
     "loss=grpo strategy.answers=1": ["strategy.answers=1", "group of rewards"],
     "loss=grpo loss.policy_gradient.loss_type=bnpo": ["loss_type=bnpo", "'grpo', 'dapo' or 'dr_grpo'"],
     "loss=grpo filter=rule": ["loss.pt=rewards: filter.name=rule gives no scores", "filter=verifier"],

@@ -1,10 +1,12 @@
 """Policy gradient on rewards: the stage run for real on the embedded model, and what TRL is given to train on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from evolve import engines, reinforce, templates, trainer, world
-from evolve.config import Engine, Optimiser, PolicyGradient, Sampling, Strategy
+from evolve.config import Engine, Lora, Optimiser, PolicyGradient, Sampling, Strategy
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Score
 from evolve.stages import Context, ModelSettings, read_rows, respond, write_rows
@@ -31,10 +33,10 @@ LOSSES = {
     "gspo": GSPO,
     "dr_grpo": {**DAPO, "loss_type": "dr_grpo", "scale_rewards": "none"},
 }
-HERE = Context("cpu", lambda done, total: None)
+HERE = Context("cpu", lambda done, total: None, Path("/nowhere"))
 
 
-def optimiser(batch=8, micro=8):
+def optimiser(batch=8, micro=8, **values):
     return Optimiser(
         batch_size=batch,
         micro_batch=micro,
@@ -42,20 +44,24 @@ def optimiser(batch=8, micro=8):
         warmup=0.0,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        gradient_checkpointing=False,
+        layout="shared",
+        sharding="none",
+        checkpoint_minutes=None,
+        max_loss_growth=100.0,
+        **{"gradient_checkpointing": False, "devices": 1, **values},
     )
 
 
-def settings(loss, *, seed=0, new=12, unfinished="drop", prompt=64, length=128, micro=8, **read):
+def settings(loss, *, seed=0, new=12, unfinished="drop", prompt=64, length=128, dtype="float32", **values):
     return stage.Config(
-        model=READ.model_copy(update=read),
+        model=READ.model_copy(update={"dtype": dtype}),
         checkpoint_dtype="float32",
         loss=PolicyGradient(**loss),
         answers=4,
         sampling=SAMPLED,
         scorer=ScoreConfig(scorer="verifier", verifier="ledger", model=None, max_length=length, batch_size=16),
         unfinished=unfinished,
-        optimiser=optimiser(micro=micro),
+        optimiser=optimiser(**values),
         learning_rate=1e-3,
         max_prompt_tokens=prompt,
         max_new_tokens=new,
@@ -138,9 +144,9 @@ def test_the_same_seed_gives_the_same_bytes(run):
 
 @pytest.mark.parametrize("loss", ["grpo", pytest.param("dapo", marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing_but_rounding(run, loss):
-    """Also in a last step that is not full."""
+    """Also in a last step that is not full; nor does gradient checkpointing."""
     whole, _ = run("whole", settings(LOSSES[loss]))
-    parts, _ = run("parts", settings(LOSSES[loss], micro=2))
+    parts, _ = run("parts", settings(LOSSES[loss], micro=2, gradient_checkpointing=True))
     assert close(weights(whole), weights(parts))
     for one, other in zip(read_rows(whole / "steps.jsonl"), read_rows(parts / "steps.jsonl"), strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
@@ -184,6 +190,16 @@ def test_bfloat16_trains(run, embedded):
     assert all(value.dtype == torch.float32 for value in weights(out).values())
 
 
+def test_adapters_are_merged_into_what_is_saved(run, embedded):
+    lora = Lora(rank=4, alpha=8, dropout=0.1, targets="all-linear")
+    out, _ = run("out", settings(GRPO, lora=lora))
+    before, after = weights(embedded), weights(out)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-4)}
+    assert moved and all("proj" in name for name in moved)
+    assert all(row["kl"] < 1e-6 for row in read_rows(out / "steps.jsonl")[:1])
+
+
 # ---- what TRL is given
 
 
@@ -204,7 +220,7 @@ def rollouts_of(policy, embedded, scorer, prompts=PROMPTS):
 
 def fit(policy, embedded, scorer, prompts=PROMPTS, *, loss=DAPO, batch=8, rate=1e-3):
     rollouts = rollouts_of(policy, embedded, scorer, prompts)
-    steps = reinforce.train(
+    trained = reinforce.train(
         policy,
         rollouts.engine.tokenizer,
         prompts,
@@ -220,7 +236,7 @@ def fit(policy, embedded, scorer, prompts=PROMPTS, *, loss=DAPO, batch=8, rate=1
         device="cpu",
         on_step=lambda done, total: None,
     )
-    return rollouts, steps
+    return rollouts, trained.steps
 
 
 def zeros(items, progress):
