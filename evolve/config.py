@@ -445,16 +445,6 @@ class Config(Section):
             refuse("data.sft_pairs=0: the loss has an SFT term; set loss.sft_direct=0 loss.sft_refine=0 or more pairs")
         if self.trains_reward_model and not self.data.reward_model_pairs:
             refuse("data.reward_model_pairs=0: a reward model is to be trained; set reward_model.path or more pairs")
-        if self.loss.pt == "rewards":
-            for name, value, one in (
-                ("devices", self.trainer.devices, 1),
-                ("lora", "set" if self.trainer.lora else None, None),
-            ):
-                if value != one and self.trained_iterations:
-                    refuse(
-                        f"trainer.{name}={value}: loss.name={self.loss.name} trains all weights on one device; "
-                        f"take trainer.{name}={'null' if one is None else one}"
-                    )
         if self.data.path == "embedded" and self.data.eval_path:
             refuse("data.eval_path: data.path=embedded makes its own held-out prompts; leave it null")
         if self.data.max_length <= self.data.max_response_tokens:

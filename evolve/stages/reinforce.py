@@ -109,7 +109,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         )
     done = time.monotonic()
     model.generation_config = habits
-    trainer.save(trained, tokenizer, out, config.checkpoint_dtype, load)
+    trainer.save(trainer.whole(trained, load), tokenizer, out, config.checkpoint_dtype)
     write_rows(out / "steps.jsonl", trained.steps)
     timing = {"load_seconds": loaded - started, **trained.timing, "save_seconds": time.monotonic() - done}
     dropped = {
