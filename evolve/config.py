@@ -410,6 +410,17 @@ class Config(Section):
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
                 "take filter=reward_model or filter=verifier"
             )
+        if self.loss.pt == "rewards" and self.trainer.sharding != "none":
+            refuse(
+                f"trainer.sharding={self.trainer.sharding}: loss.pt=rewards trains on one device; "
+                "set trainer.sharding=none, or take another loss"
+            )
+        start, reference = self.iteration.start, self.iteration.reference
+        if self.loss.rewards and self.loss.rewards.kl and self.trainer.lora and start != reference:
+            refuse(
+                f"iteration.reference={reference}: of loss.pt=rewards with trainer.lora, the reference is the model "
+                f"without its adapters; set iteration.reference={start} or loss.policy_gradient.kl=0"
+            )
         if self.loss.pt == "rewards" and self.trained_iterations and self.sampling.temperature == 0:
             refuse(
                 "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from evolve import strategies
-from evolve.config import Optimiser, PolicyGradient
+from evolve.config import Optimiser, PolicyGradient, accumulation
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Scorer
-from evolve.trainer import Diverged, one_device
+from evolve.trainer import Diverged, Trained, _with_adapters, one_device
 
 REMEDY = "a smaller learning rate (model.learning_rate) is the usual remedy"
 DIFFER = "prompts whose answers' scores differ"  # the others have no advantages, so nothing is learnt from them
@@ -58,9 +58,11 @@ class Rollouts:
         self.answers, self.seed, self.keep_unfinished = answers, seed, keep_unfinished
         self.counts: Counter[str] = Counter()
         self.metrics: dict[str, float] = {}
+        self.seconds = 0.0  # of drawing and scoring
         self.scale = 1.0  # what makes a mean over all rows of the step one over the answers that are used
 
     def __call__(self, prompts: Sequence[str | None], trainer: Any) -> dict[str, Any]:
+        started = time.monotonic()
         asked = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
         drawn = self._draw(asked)
         usable = [row for row in asked if drawn[row].end == "stop" or self.keep_unfinished]
@@ -91,6 +93,7 @@ class Rollouts:
         }
         filler = [self.engine.tokenizer.eos_token_id]
         rows = range(len(prompts))
+        self.seconds += time.monotonic() - started
         return {
             "prompt_ids": [list(self.encoded[asked[row]]) if row in asked else filler for row in rows],
             "completion_ids": [list(drawn[row].ids) if row in asked else filler for row in rows],
@@ -135,11 +138,13 @@ class _Steps(TrainerCallback):
         self.rollouts, self.on_step = rollouts, on_step
         self.steps: list[dict[str, float]] = []
 
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not all(torch.isfinite(weight).all() for weight in model.parameters()):  # before answers are drawn from them
+            raise Diverged(f"the weights are not numbers after step {state.global_step}; {REMEDY}")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return  # the summary at the end
-        if not isfinite(logs["grad_norm"]):  # no loss will show it if this was the last step
-            raise Diverged(f"the gradient is not finite at step {state.global_step}; {REMEDY}")
         kept = {name: logs[name] for name in KEPT if logs.get(name) is not None}
         drawn = self.rollouts.metrics if "reward" in logs else {}  # a second pass over the same answers draws none
         self.steps.append({"step": state.global_step, **kept, **drawn})
@@ -166,8 +171,8 @@ def train(
     trust_remote_code: bool,
     device: str,
     on_step: Callable[[int, int], None],
-) -> list[dict[str, float]]:
-    """One pass over the prompts, trained in place; returns a row of metrics for each optimiser step.
+) -> Trained:
+    """One pass over the prompts on one device, trained in place.
 
     Args:
         prompts: in the order they are trained on; a step takes `settings.batch_size` of them, the last one the rest.
@@ -177,7 +182,8 @@ def train(
     Raises:
         Diverged: the loss or its gradient is not finite; names the step.
     """
-    micro = min(settings.micro_batch, settings.batch_size, len(prompts))
+    rounds = accumulation("trainer", settings.batch_size, settings.micro_batch, settings.devices) * settings.devices
+    micro = min(settings.batch_size // rounds, len(prompts))
     batch = min(settings.batch_size, -(-len(prompts) // micro) * micro)
     filled = [*prompts, *[None] * (-len(prompts) % batch)]  # TRL would leave out what doesn't fill a step
     steps = len(filled) // batch * loss.updates
@@ -212,6 +218,8 @@ def train(
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            disable_dropout=True,  # a ratio of probabilities is to be one of weights alone
             bf16=bf16,
             use_cpu=device == "cpu",
             seed=seed,
@@ -225,7 +233,7 @@ def train(
         )
         one_device(arguments)
         trainer = _Trainer(
-            model=model,
+            model=model if settings.lora is None else _with_adapters(model, settings.lora),
             reward_funcs=_reward,
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": filled}),
@@ -234,5 +242,9 @@ def train(
             rollout_func=rollouts,
         )
         trainer.remove_callback(PrinterCallback)
+        use_cache = model.config.use_cache
+        started = time.monotonic()
         trainer.train()
-    return callback.steps
+        model.config.use_cache = use_cache  # which the Trainer turns off, for whoever loads what is saved too
+    timing = {"train_seconds": time.monotonic() - started, "rollout_seconds": rollouts.seconds}
+    return Trained(callback.steps, timing, trainer, settings)

@@ -449,7 +449,7 @@ def provenance(code: Mapping[str, Any], started: float) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "scipy"):
+    for package in ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "numpy", "scipy"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {

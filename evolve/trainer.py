@@ -276,7 +276,7 @@ class Trained:
 
     steps: list[dict[str, float]]
     timing: dict[str, float]
-    trainer: PairTrainer
+    trainer: Trainer
     settings: Optimiser
 
 
@@ -343,6 +343,7 @@ def train(
     pairs.prepare(model, settings.layout)
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora)
+    use_cache = model.config.use_cache
     callback = _Steps(settings.checkpoint_minutes, on_step)
     trainer = PairTrainer(
         objective,
@@ -360,6 +361,7 @@ def train(
     started = time.monotonic()
     before = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    model.config.use_cache = use_cache  # which the Trainer turns off, for whoever loads what is saved too
     seconds = time.monotonic() - started
     timing = {
         "train_seconds": seconds,
@@ -411,28 +413,28 @@ def _with_adapters(model: Any, lora: Lora) -> Any:
     )
 
 
-def save(trained: Trained, tokenizer: Any, out: Path, dtype: str, load: Callable[[], Any]) -> None:
-    """Weights as safetensors in the hub's layout, with tokenizer and chat template, so that any tool can load them.
-
-    Called on every device, written by the first. Adapters are merged.
+def whole(trained: Trained, load: Callable[[], Any]) -> Any | None:
+    """The trained model in one piece, adapters merged; None on every device but the first. All have to call it.
 
     Args:
-        load: loads the model that training started from; needed where no device holds the whole model.
+        load: loads the model that training started from; called where no device holds all of it.
     """
     trainer, settings = trained.trainer, trained.settings
     model: Any = trainer.model
-    if settings.sharding != "none":
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.args.should_save:
-            unset_hf_deepspeed_config()  # or what is loaded would be sharded too, by this one process of many
-            model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
-            lacking = set(model.load_state_dict(state, strict=False).missing_keys)
-            if lacking - set(model.all_tied_weights_keys):
-                raise RuntimeError(f"the sharded model gave no {sorted(lacking)[0]}")
-            model.tie_weights()
-    if trainer.args.should_save:
-        if settings.lora is not None:
-            model = model.merge_and_unload()
-        model.to(getattr(torch, dtype)).save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    trainer.accelerator.wait_for_everyone()
+    state = None if settings.sharding == "none" else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return None
+    if state is not None:
+        unset_hf_deepspeed_config()  # or what is loaded would be sharded too, by this one process of many
+        model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
+        lacking = set(model.load_state_dict(state, strict=False).missing_keys)
+        if lacking - set(model.all_tied_weights_keys):
+            raise RuntimeError(f"the sharded model gave no {sorted(lacking)[0]}")
+        model.tie_weights()
+    return model if settings.lora is None else model.merge_and_unload()
+
+
+def save(model: Any, tokenizer: Any, out: Path, dtype: str) -> None:
+    """Weights as safetensors in the hub's layout, with tokenizer and chat template, so that any tool can load them."""
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    tokenizer.save_pretrained(out)

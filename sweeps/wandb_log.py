@@ -78,7 +78,8 @@ def log(sweep: Sweep) -> tuple[int, str]:
             for row in _steps(sweep, member, measurement.phase):
                 run.log(row)
             tokens = {"generated": member.generated[measurement.phase]} if measurement.phase in member.generated else {}
-            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics), **tokens})
+            timing = _timing(sweep, member, measurement.phase)
+            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics), **tokens, **timing})
         run.log({"by turn": _table(wandb, member), "phase": order[fresh[-1].phase]})
         run.finish()
         _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
@@ -98,6 +99,16 @@ def _steps(sweep: Sweep, member: MemberResult, phase: str) -> list[dict[str, flo
                 number = row.pop("step")
                 found.append({"optimiser_step": before + number, **{f"{step['kind']}/{key}": row[key] for key in row}})
         before += len(rows)
+    return found
+
+
+def _timing(sweep: Sweep, member: MemberResult, phase: str) -> dict[str, float]:
+    """Where the time of a phase's training went, under timing/, by stage and name."""
+    found: dict[str, float] = {}
+    for step in member.steps:
+        if step["phase"] == phase and step["kind"] in TRAINING:
+            record = sweep.store.read(step["id"]) or {}
+            found |= {f"timing/{step['kind']}/{name}": value for name, value in record.get("timing", {}).items()}
     return found
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evolve import config, launch, plan, sources
 from evolve.config import CONF, Config, ConfigError
-from evolve.store import flatten
+from evolve.store import Stage, flatten
 
 DEFAULTS = Path(__file__).with_name("default_config.yaml")
 CHOICES = sorted(
@@ -196,6 +196,11 @@ REFUSED = {
     "loss=grpo loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
     "loss=grpo +loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
     "loss.policy_gradient.kl=1": ["loss.policy_gradient.kl: loss.policy_gradient is null here; take a choice of loss"],
+    "loss=grpo sampling.temperature=0": ["sampling.temperature=0", "loss.pt=rewards compares them"],
+    "loss=grpo trainer=fsdp": ["trainer.sharding=fsdp", "trainer.sharding=none"],
+    "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "trainer.lora", "kl=0"],
+    "loss=grpo strategy.answers=1": ["strategy.answers=1", "group of rewards"],
+    "loss=grpo loss.policy_gradient.loss_type=bnpo": ["loss_type=bnpo", "'grpo', 'dapo' or 'dr_grpo'"],
     "loss=grpo filter=rule": ["loss.pt=rewards: filter.name=rule gives no scores", "filter=verifier"],
     "wandb.mode=on": ["wandb.mode=on", "'auto', 'offline', 'online' or 'disabled'"],
     "loss.alpha=1.5": ["loss.alpha=1.5", "less than or equal to 1"],
@@ -258,6 +263,7 @@ BASES = [
     composed("debug=fast"),
     composed("debug=fast", "filter=reward_model", "strategy=tree", "eval.scorer=reward_model"),
     composed("debug=fast", "filter=rule", "loss=none", "iteration.count=2", "iteration.data=all"),
+    composed("debug=fast", "filter=reward_model", "loss=grpo"),
 ]
 RUNTIME = {
     "resources.workers": st.integers(1, 64),
@@ -484,6 +490,80 @@ def test_losses_share_what_they_can() -> None:
     shared = {loss: ids_of(member, "activate") for loss, member in members.items()}
     assert shared["sft"] == shared["both"] == shared["sft_only"] != shared["none"] == shared["pt"]
     assert len({*(tuple(ids_of(members[loss], "train")) for loss in ("none", "sft", "pt", "both"))}) == 4
+
+
+def stages(member: Config, kind: str) -> list[Stage]:
+    return [step.stage for step in plan.build("member", member, RESOLVER).steps if step.stage.kind == kind]
+
+
+def test_rewards_take_the_place_of_pairs() -> None:
+    """The same activation and the same prompts as the losses on pairs, and no offline training."""
+    member = load("debug=fast", "loss=grpo", "iteration.count=2")
+    phases: dict[str, list[str]] = {}
+    for phase, stage_id in ids(member):
+        phases.setdefault(phase, []).append(stage_id.split("/")[0])
+    assert list(phases) == ["setup", "base", "sft", "iteration 1", "iteration 2"]
+    assert phases["iteration 1"] == phases["iteration 2"] == ["data", "reinforce", "respond", "score", "evaluate"]
+    pairs = load("debug=fast", "loss=none", "iteration.count=2")
+    assert ids_of(member, "activate") == ids_of(pairs, "activate")
+    prompts = {stage.inputs["prompts"].id for stage in stages(member, "reinforce")}
+    assert prompts < {stage.inputs["prompts"].id for stage in stages(pairs, "respond")} and len(prompts) == 2
+
+
+@pytest.mark.parametrize("start", ["previous", "initial", "post_sft"])
+@pytest.mark.parametrize("reference", ["previous", "initial", "post_sft"])
+def test_rewards_start_and_refer_where_iterations_do(start: str, reference: str) -> None:
+    member = load(
+        "debug=fast", "loss=grpo", "iteration.count=2", f"iteration.start={start}", f"iteration.reference={reference}"
+    )
+    first, second = stages(member, "reinforce")
+    sft, *_ = stages(member, "activate")
+    models = {"previous": first.id, "initial": sft.inputs["model"].id, "post_sft": sft.id}
+    assert second.inputs["model"].id == models[start]
+    # Where it starts at its reference, it need not be told of it; nor where there is no KL term.
+    named = second.inputs.get("reference")
+    assert (named.id if named else None) == (models[reference] if start != reference else None)
+    without = load("debug=fast", "loss=dapo", "iteration.count=2", f"iteration.reference={reference}")
+    assert all("reference" not in stage.inputs for stage in stages(without, "reinforce"))
+
+
+def test_what_makes_pairs_does_not_touch_rewards() -> None:
+    base = composed("debug=fast", "loss=grpo")
+    known = ids_of(config.load(base), "reinforce")
+    assert ids_of(load("debug=fast", "loss=grpo", "strategy=tree"), "reinforce") == known
+    for key, value in {
+        "filter.margin": 0.5,
+        "filter.select": "last_first",
+        "iteration.data": "all",
+        "loss.alpha": 0.5,
+        "loss.beta_direct": 2.0,
+        "trainer.epochs": {"sft": 1, "pt": 7},
+    }.items():
+        assert ids_of(changed(base, **{key: value}), "reinforce") == known, key
+    for key, value in {
+        "strategy.answers": 5,
+        "filter.unfinished": "keep",
+        "sampling.top_p": 0.5,
+        "model.learning_rate.pt": 1e-3,
+        "data.max_response_tokens": 11,
+        "seed": 1,
+        "loss.policy_gradient.loss_type": "dr_grpo",
+        "loss.policy_gradient.importance": "sequence",
+        "loss.policy_gradient.clip_low": 0.1,
+        "loss.policy_gradient.clip_high": 0.3,
+        "loss.policy_gradient.kl": 0.1,
+        "loss.policy_gradient.updates": 3,
+        "loss.policy_gradient.scale_rewards": "batch",
+    }.items():
+        assert not set(ids_of(changed(base, **{key: value}), "reinforce")) & set(known), key
+
+
+def test_rewards_of_a_reward_model_need_one() -> None:
+    member = load("debug=fast", "loss=grpo", "filter=reward_model")
+    assert member.trains_reward_model and member.trained_iterations == 1
+    (trained,) = stages(member, "reward_model")
+    assert [stage.inputs["reward_model"].id == trained.id for stage in stages(member, "reinforce")] == [True]
+    assert not load("loss=grpo", "filter=reward_model", "iteration.count=0").trains_reward_model
 
 
 def test_tree_settings_belong_to_trees() -> None:

@@ -71,7 +71,8 @@ def test_greedy_is_generates_own(load, model, tokenizer, template):
         made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         finished = made[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(made, skip_special_tokens=True).strip()
-        assert found[request.key] == Completion(request.key, text, len(made), "stop" if finished else "length")
+        end = "stop" if finished else "length"
+        assert found[request.key] == Completion(request.key, text, len(made), end, tuple(made))
     assert {completion.end for completion in found.values()} == {"stop", "length"}
     assert len({completion.text for completion in found.values()}) > 8
 

@@ -180,12 +180,30 @@ def test_sweep_ends_with_table_figures_and_records(finished: Path) -> None:
     phases = ["base", "sft", "offline", "iteration 1"]
     assert {(row["member"], row["phase"]) for row in rows} == {(name, phase) for name in names for phase in phases}
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+    assert_generated(finished, rows)
     table = (folder / "table.md").read_text()
-    assert all(name in table for name in names) and "missing" not in table
+    assert all(name in table for name in names) and "missing" not in table and "| generated | 0 | 0 | 0 |" in table
     figures = [f"{kind}-{metric}.png" for kind in ("iterations", "turns") for metric in ("reward", "accuracy")]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     stdout = (finished.parent / "stdout").read_text()
     assert "strategy=tree loss=both" in stdout and str(folder) in stdout
+
+
+def assert_generated(out: Path, rows: list[dict[str, str]]) -> None:
+    """Each row says what its member had generated for training by then: evaluation's answers are not among it."""
+    (folder,) = (out / "sweeps").iterdir()
+    made = records(out)
+    for member in json.loads((folder / "sweep.json").read_text())["members"]:
+        expected = 0
+        for step in member["steps"]:
+            if step["kind"] == "reinforce":
+                expected += made[step["id"]]["tokens"]["generated"]
+            if step["kind"] == "pair":
+                expected += made[made[step["id"]]["inputs"]["answers"]]["tokens"]["generated"]
+            if step["kind"] == "evaluate":
+                told = {r["generated"] for r in rows if (r["member"], r["phase"]) == (member["name"], step["phase"])}
+                assert told == {str(expected)}
+        assert expected > 0
 
 
 def test_records_are_whole(finished: Path) -> None:
@@ -231,6 +249,31 @@ def test_plan_says_why(finished: Path) -> None:
     assert done.returncode == 0 and "loss.alpha: 0.8 -> 0.5" in done.stdout
     assert "seed: 0 -> 7" in evolve(finished, *MEMBER, "seed=7", "dry_run=true").stdout
     assert times(finished) == before and len(list((finished / "sweeps").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_losses_on_pairs_and_on_rewards_in_one_sweep(tmp_path: Path) -> None:
+    """They stand in one table, with the same activation and prompts, and with what each has generated."""
+    out = tmp_path / "out"
+    words = ["-m", "loss=grpo,gspo,none", "iteration.count=2", "wandb.mode=offline"]
+    done = evolve(out, *words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    (folder,) = (out / "sweeps").iterdir()
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert_generated(out, rows)
+    phases = {name: [r["phase"] for r in rows if r["member"] == name] for name in ("loss=grpo", "loss=gspo")}
+    assert [list(dict.fromkeys(found)) for found in phases.values()] == [
+        ["base", "sft", "iteration 1", "iteration 2"]
+    ] * 2
+    made = contents(out)
+    assert len([stage_id for stage_id in made if stage_id.startswith("activate/")]) == 1
+    prompts = {record["inputs"]["prompts"] for name, record in records(out).items() if name.startswith("reinforce/")}
+    assert prompts < {
+        record["inputs"]["prompts"] for name, record in records(out).items() if name.startswith("respond/")
+    }
+    assert left_over(out) == []
+    again = evolve(out, *words)
+    assert again.returncode == 0 and " 0 new" in again.stdout
 
 
 # ---- failure

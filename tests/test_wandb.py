@@ -110,6 +110,19 @@ def test_metrics_of_each_phase(folder: Path) -> None:
             assert row["reward/refined_low"] <= row["reward/refined"] <= row["reward/refined_high"]
 
 
+def test_steps_of_training(folder: Path) -> None:
+    """What a training stage keeps of its optimiser steps, numbered through the member's phases."""
+    members = {wandb_log.run_id(member): member for member in collect.load(folder).members}
+    for one in runs(folder):
+        (step,) = [step for step in members[one["id"]].steps if step["kind"] == "activate"]
+        kept = [
+            json.loads(line) for line in (folder / "../../store" / step["id"] / "steps.jsonl").read_text().splitlines()
+        ]
+        rows = [row for row in one["rows"] if "activate/loss" in row]
+        assert [row["optimiser_step"] for row in rows] == [row["step"] for row in kept] == list(range(1, len(kept) + 1))
+        assert [row["activate/loss"] for row in rows] == [row["loss"] for row in kept]
+
+
 def test_nothing_is_logged_twice(folder: Path) -> None:
     before = sorted(folder.glob("wandb/**/*"))
     assert log_again(folder) == ""

@@ -1,11 +1,13 @@
 """Policy gradient on an iteration's prompts: the policy draws K answers to each, a scorer's scores are the rewards.
 
 One pass, with as many answers as `respond` draws for the losses on pairs. Of `optimiser`, batches count prompts, each
-with its K answers: as many an optimiser step as there are pairs in preference training.
+with its K answers: as many an optimiser step as there are pairs in preference training. Whatever engine others have,
+transformers' draws the answers here, from the weights in training, and on one device.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +46,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     from evolve import engines, reinforce, templates, trainer
     from evolve.engines.hf import HFEngine
 
+    started = time.monotonic()
     tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
     rows = read_rows(inputs["prompts"] / "rows.jsonl")
     encoded = {row["prompt"]: templates.encode_prompt(tokenizer, templates.direct(row["prompt"])) for row in rows}
@@ -54,10 +57,13 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             f"all {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens} or leave no "
             f"room for {config.max_new_tokens} tokens in data.max_length={config.max_length}"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        inputs["model"], dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
-    )
-    model = loaded.to(context.device)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            inputs["model"], dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+        )
+
+    model = load().to(context.device)
     habits = model.generation_config
     task = engines.Task(
         model=inputs["model"],
@@ -77,7 +83,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         keep_unfinished=config.unfinished == "keep",
     )
     model.config.name_or_path = str(inputs.get("reference", inputs["model"]))  # where TRL loads the KL term's from
-    steps = reinforce.train(
+    loaded = time.monotonic()
+    trained = reinforce.train(
         model,
         tokenizer,
         prompts,
@@ -100,9 +107,11 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             f"of {counts['answers']} answers {counts['left out as cut off']} were cut off, "
             f"{counts['left out without a score']} had no score"
         )
+    done = time.monotonic()
     model.generation_config = habits
-    trainer.save(model, tokenizer, out, config.checkpoint_dtype)
-    write_rows(out / "steps.jsonl", steps)
+    trainer.save(trainer.whole(trained, load), tokenizer, out, config.checkpoint_dtype)
+    write_rows(out / "steps.jsonl", trained.steps)
+    timing = {"load_seconds": loaded - started, **trained.timing, "save_seconds": time.monotonic() - done}
     dropped = {
         "prompts longer than max_prompt_tokens": len(rows) - len(short),
         "prompts without room for an answer": len(short) - len(prompts),
@@ -111,6 +120,6 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     }
     shown = ("prompts", reinforce.DIFFER, "answers", "empty", "cut off at max_response_tokens")
     values: dict[str, Any] = {name: counts[name] for name in shown}
-    values |= {"steps": len(steps), "first": steps[0], "last": steps[-1]}
+    values |= {"steps": len(trained.steps), "first": trained.steps[0], "last": trained.steps[-1]}
     tokens = {"generated": counts["tokens generated"], "trained": config.loss.updates * counts["tokens used"]}
-    return Report(dropped, tokens, values)
+    return Report(dropped, tokens, values, timing)

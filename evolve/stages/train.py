@@ -94,8 +94,9 @@ def fit(
         on_step=context.progress,
     )
     done = time.monotonic()
-    trainer.save(trained, tokenizer, out, config.checkpoint_dtype, load)
-    if trained.trainer.args.should_save:
+    whole = trainer.whole(trained, load)
+    if whole is not None:
+        trainer.save(whole, tokenizer, out, config.checkpoint_dtype)
         write_rows(out / "steps.jsonl", trained.steps)
     timing = {"load_seconds": loaded - started, **trained.timing, "save_seconds": time.monotonic() - done}
     steps = trained.steps

@@ -1,0 +1,170 @@
+"""A stage in several processes: gloo on the CPU, the same code that NCCL runs on GPUs."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evolve import ranks
+from evolve.config import Optimiser, PreferenceWeights, SFTWeights, Template
+from evolve.stages import Context, ModelSettings, module, read_rows, stage, write_rows
+
+pytestmark = pytest.mark.slow  # each process imports torch and transformers for itself
+
+ROWS = [
+    {"id": f"r{n}", "prompt": "0 1 2 3 " + "1 " * n, "chosen": f"{n % 4} 1 2", "rejected": f"3 {n % 3}"}
+    for n in range(11)
+]
+
+
+def optimiser(**changes):
+    settings = {
+        "batch_size": 8,  # so that the last step of an epoch has 3 pairs for 2 processes of up to 2 pairs
+        "micro_batch": 2,
+        "schedule": "linear",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "layout": "shared",
+        "devices": 1,
+        "sharding": "none",
+        "checkpoint_minutes": None,
+        "max_loss_growth": 100.0,
+        **changes,
+    }
+    return Optimiser(**settings)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, tmp_path_factory):
+    """A model, pairs, and the reference log-probabilities of both kinds of context."""
+    root = tmp_path_factory.mktemp("inputs")
+    pairs = root / "pairs"
+    pairs.mkdir()
+    write_rows(pairs / "rows.jsonl", ROWS)
+    found = {"model": Path(tiny), "pairs_1": pairs}
+    for contexts in ("direct", "refine"):
+        out = root / contexts
+        out.mkdir()
+        made = stage("reference", {}, contexts=contexts, micro_batch=4, layout="shared", **common())
+        module("reference").run(made.config, {"model": Path(tiny), "pairs": pairs}, out, here(root))
+        found[f"reference_{contexts}_1"] = out
+    return found
+
+
+def common():
+    template = Template(name="t", text="0 {prompt} 1 {response} 2", separator=" ", path=None)
+    read = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
+    return {"model": read, "template": template, "max_length": 128, "max_dropped": 0.0}
+
+
+def here(partial):
+    return Context("cpu", lambda done, total: None, partial / "partial")
+
+
+def training(kind="train", **changes):
+    loss = {
+        "train": {
+            "loss": PreferenceWeights(
+                direct="dpo", lengths="sum", gamma=None, alpha=0.8, beta_direct=0.1, beta_refine=0.1,
+                refine_contexts="both", refine_scale=1.0, nll=0.0,
+            ),
+            "starts_at_reference": True,
+        },
+        "activate": {"loss": SFTWeights(direct=1.0, refine=1.0)},
+    }[kind]  # fmt: skip
+    settings = {"checkpoint_dtype": "float32", "epochs": 2, "learning_rate": 1e-4, "seed": 0, **common(), **loss}
+    return stage(kind, {}, **{**settings, "optimiser": optimiser(**changes)})
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+SHARDING = ["none", "fsdp", "deepspeed"]
+
+
+@pytest.mark.parametrize("sharding", SHARDING)
+def test_two_processes_train_as_one(inputs, tmp_path, sharding):
+    if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    alone = training()
+    module("train").run(alone.config, inputs, one, here(tmp_path))
+    shown = []
+    context = Context("cpu", lambda *now: shown.append(now), tmp_path / "partial two")
+    report = ranks.run(training(devices=2, sharding=sharding), inputs, two, context, 2)
+    expected, found = read_rows(one / "steps.jsonl"), read_rows(two / "steps.jsonl")
+    assert len(expected) == len(found) == report.values["steps"] == 4
+    for row, other in zip(expected, found, strict=True):
+        assert row == pytest.approx(other, abs=1e-5, rel=1e-5)
+    before, after = weights(one), weights(two)
+    assert before.keys() == after.keys()
+    assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-5
+    start = weights(inputs["model"])
+    assert max((start[name] - after[name]).abs().max().item() for name in start) > 1e-4  # something was learnt
+    assert shown[-1] == (4, 4)
+    assert (two / "config.json").read_text() == (one / "config.json").read_text()
+
+
+def test_adapters_are_merged_from_shards(inputs, tmp_path):
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    module("train").run(training(lora=lora).config, inputs, one, here(tmp_path))
+    ranks.run(training(lora=lora, devices=2, sharding="fsdp"), inputs, two, here(two), 2)
+    before, after = weights(one), weights(two)
+    assert before.keys() == after.keys() == weights(inputs["model"]).keys()
+    assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-5
+
+
+def test_an_error_in_a_process_is_the_stages(inputs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    broken = training("activate", devices=2)
+    broken = stage("activate", {}, **{**broken.config.model_dump(), "max_length": 6})
+    with pytest.raises(RuntimeError, match=r"^11 of 11 pairs are longer than data\.max_length=6 tokens"):
+        ranks.run(broken, {"model": inputs["model"], "pairs": inputs["pairs_1"]}, out, here(tmp_path), 2)
+
+
+def test_processes_end_with_the_one_that_started_them(inputs, tmp_path):
+    """However it ends: kill -9 of a worker must leave nobody who holds a GPU."""
+    out = tmp_path / "out"
+    out.mkdir()
+    program = (
+        "import pickle, sys; from evolve import ranks;"
+        "stage, inputs, out, context = pickle.loads(open(sys.argv[1], 'rb').read());"
+        "ranks.run(stage, inputs, out, context, 2)"
+    )
+    endless = training("activate", devices=2)
+    endless = stage("activate", {}, **{**endless.config.model_dump(), "epochs": 100000})
+    import pickle
+
+    job = tmp_path / "job"
+    given = {"model": inputs["model"], "pairs": inputs["pairs_1"]}
+    job.write_bytes(pickle.dumps((endless, given, out, Context("cpu", print, tmp_path / "partial"))))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    starter = subprocess.Popen([sys.executable, "-c", program, str(job)], env=environment, stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    assert json.loads("[" + starter.stdout.readline().decode().strip().replace(" ", ",") + "]")[0] >= 1  # it trains
+    family = psutil.Process(starter.pid).children(recursive=True)
+    assert len(family) >= 3  # torchrun and two processes
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    deadline = time.monotonic() + 60
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
+        assert time.monotonic() < deadline, family
+        time.sleep(0.2)
