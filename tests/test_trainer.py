@@ -515,10 +515,12 @@ def test_a_saved_model_is_a_plain_one(tiny, tokenizer, examples, objective, tmp_
     trained = fit(fresh(tiny), objective, examples, tmp_path / "c", rate=1e-2 if lora else 3e-3, epochs=2, lora=lora)
     with torch.inference_mode():
         expected = pairs.log_probabilities(trained.trainer.model.eval(), pairs.batch(groups, "shared", 0))
-    trainer.save(trained, tokenizer, out, dtype, lambda: fresh(tiny))
+    trainer.save(trainer.whole(trained, lambda: fresh(tiny)), tokenizer, out, dtype)
     for path in out.iterdir():
         if path.suffix != ".safetensors":
             assert "evolve_forest" not in path.read_text(), path
+    saved, given_ = (json.loads((path / "config.json").read_text()) for path in (out, tiny))
+    assert saved == {**given_, "dtype": dtype}
     assert not list(out.glob("adapter*"))
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert type(loaded) is LlamaForCausalLM
@@ -537,7 +539,7 @@ def test_a_saved_model_is_a_plain_one(tiny, tokenizer, examples, objective, tmp_
 
 def test_a_saved_model_has_the_weights_that_were_trained(model, tiny, tokenizer, examples, objective, tmp_path):
     trained = fit(model, objective, examples, tmp_path / "c")
-    trainer.save(trained, tokenizer, tmp_path / "out", "float32", lambda: fresh(tiny))
+    trainer.save(trainer.whole(trained, lambda: fresh(tiny)), tokenizer, tmp_path / "out", "float32")
     assert same_bits(fresh(tmp_path / "out"), model)
 
 
@@ -580,7 +582,7 @@ def main(model_path, checkpoints, out, way, step=None):
         on_step=on_step,
     )
     tokenizer = templates.load_tokenizer(model_path, None, False)
-    trainer.save(trained, tokenizer, out, "float32", lambda: fresh(model_path))
+    trainer.save(trainer.whole(trained, lambda: fresh(model_path)), tokenizer, out, "float32")
     (out / "steps.json").write_text(json.dumps(trained.steps))
     (out / "seen.json").write_text(json.dumps(seen))
 
