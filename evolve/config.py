@@ -410,10 +410,10 @@ class Config(Section):
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
                 "take filter=reward_model or filter=verifier"
             )
-        if self.loss.pt == "rewards" and self.trainer.sharding != "none":
+        if self.loss.pt == "rewards" and self.trained_iterations and self.trainer.devices > 1:
             refuse(
-                f"trainer.sharding={self.trainer.sharding}: loss.pt=rewards trains on one device; "
-                "set trainer.sharding=none, or take another loss"
+                f"trainer.devices={self.trainer.devices}: loss.name={self.loss.name} trains on one device; "
+                "take trainer.devices=1 trainer.sharding=none"
             )
         start, reference = self.iteration.start, self.iteration.reference
         if self.loss.rewards and self.loss.rewards.kl and self.trainer.lora and start != reference:

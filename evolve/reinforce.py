@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from evolve import strategies
-from evolve.config import Optimiser, PolicyGradient, accumulation
+from evolve.config import Optimiser, PolicyGradient
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Scorer
 from evolve.trainer import Diverged, Trained, _with_adapters, one_device
@@ -182,8 +182,7 @@ def train(
     Raises:
         Diverged: the loss or its gradient is not finite; names the step.
     """
-    rounds = accumulation("trainer", settings.batch_size, settings.micro_batch, settings.devices) * settings.devices
-    micro = min(settings.batch_size // rounds, len(prompts))
+    micro = min(settings.micro_batch, settings.batch_size, len(prompts))
     batch = min(settings.batch_size, -(-len(prompts) // micro) * micro)
     filled = [*prompts, *[None] * (-len(prompts) % batch)]  # TRL would leave out what doesn't fill a step
     steps = len(filled) // batch * loss.updates

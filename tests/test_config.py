@@ -197,7 +197,7 @@ REFUSED = {
     "loss=grpo +loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
     "loss.policy_gradient.kl=1": ["loss.policy_gradient.kl: loss.policy_gradient is null here; take a choice of loss"],
     "loss=grpo sampling.temperature=0": ["sampling.temperature=0", "loss.pt=rewards compares them"],
-    "loss=grpo trainer=fsdp": ["trainer.sharding=fsdp", "trainer.sharding=none"],
+    "loss=grpo trainer=fsdp": ["trainer.devices=8", "trainer.devices=1 trainer.sharding=none"],
     "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "trainer.lora", "kl=0"],
     "loss=grpo strategy.answers=1": ["strategy.answers=1", "group of rewards"],
     "loss=grpo loss.policy_gradient.loss_type=bnpo": ["loss_type=bnpo", "'grpo', 'dapo' or 'dr_grpo'"],
@@ -273,6 +273,9 @@ RUNTIME = {
     "resources.lease_timeout": st.floats(5, 1e6),
     "trainer.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
     "trainer.gradient_checkpointing": st.booleans(),
+    "trainer.layout": st.sampled_from(["shared", "packed", "padded"]),
+    "trainer.checkpoint_minutes": st.none() | st.floats(0, 1e6),
+    "trainer.max_loss_growth": st.floats(1.1, 1e6),
     "reward_model.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
     "engine.batch_size": st.integers(1, 4096),
     "output": st.text("abc/", min_size=1),
@@ -322,6 +325,8 @@ def test_every_other_setting_changes_an_id() -> None:
         "model.beta",  # the loss's betas count
         "loss.gamma",  # of SimPO alone
         "loss.policy_gradient",  # of rewards alone
+        "trainer.devices",  # where a stage runs
+        "trainer.sharding",  # as devices
     } | RUNTIME.keys()
     base = BASES[1]
     other: dict[str, Any] = {
@@ -343,6 +348,7 @@ def test_every_other_setting_changes_an_id() -> None:
         "iteration.start": "initial",
         "iteration.data": "all",
         "trainer.schedule": "cosine",
+        "trainer.lora": {"rank": 1, "alpha": 1, "dropout": 0.0, "targets": "all-linear"},
         "eval.scorer": "verifier",
     }
     unnoticed = []
