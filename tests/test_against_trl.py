@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from evolve import pairs, templates, trainer
-from evolve.config import Optimiser, PreferenceWeights, SFTWeights
+from evolve.config import PreferenceWeights, SFTWeights
 
 pytestmark = pytest.mark.slow  # importing TRL takes ten seconds
 
-DIRECT = PreferenceWeights(
-    alpha=0.0, beta_direct=0.1, beta_refine=None, refine_contexts=None, refine_scale=None, nll=0.0
-)
-BOTH = PreferenceWeights(alpha=0.8, beta_direct=0.1, beta_refine=0.2, refine_contexts="both", refine_scale=2.0, nll=0.0)
+DPO = {"direct": "dpo", "lengths": "sum", "gamma": None, "beta_direct": 0.1, "nll": 0.0}
+DIRECT = PreferenceWeights(alpha=0.0, beta_refine=None, refine_contexts=None, refine_scale=None, **DPO)
+BOTH = PreferenceWeights(alpha=0.8, beta_refine=0.2, refine_contexts="both", refine_scale=2.0, **DPO)
 BATCH, MICRO, STEPS = 8, 2, 9
 OPTIMISER = {"weight_decay": 0.01, "max_grad_norm": 1.0}
 RATE = 1e-3
@@ -49,36 +48,30 @@ def fresh(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
 
-def ours(tiny, objective, encoded):
+def ours(tiny, objective, encoded, folder):
     """Each step's loss, and the ids of its pairs: which those are is the trainer's choice, so it is read from it."""
-    from benchmarks.training import recorded, references
+    from benchmarks.training import optimiser, recorded, references
 
     model = fresh(tiny)
-    examples = references(model, encoded, 0, False, "cpu", MICRO)
+    examples = references(model, encoded, 0, False, "cpu", MICRO, "shared")
     objective, seen = recorded(objective)
-    steps = trainer.train(
+    trained = trainer.train(
         model,
         objective,
         examples,
-        Optimiser(
-            batch_size=BATCH,
-            micro_batch=MICRO,
-            schedule="linear",
-            warmup=WARMUP / STEPS,
-            gradient_checkpointing=False,
-            **OPTIMISER,
-        ),
+        optimiser(batch_size=BATCH, micro_batch=MICRO, schedule="linear", warmup=WARMUP / STEPS, **OPTIMISER),
         epochs=1,
         learning_rate=RATE,
         seed=0,
         pad_id=0,
         bf16=False,
         device="cpu",
+        folder=folder,
         on_step=lambda done, total: None,
     )
     order = [seen[start : start + BATCH] for start in range(0, len(seen), BATCH)]
-    assert len(steps) == len(order) == STEPS
-    return [step["loss"] for step in steps], order
+    assert len(trained.steps) == len(order) == STEPS
+    return [step["loss"] for step in trained.steps], order
 
 
 def theirs(kind, tiny, tokenizer, rows, order, **settings):
@@ -132,7 +125,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_has_the_loss_of_trl(tiny, tokenizer, rows, encoded, tmp_path, case):
     kind, objective, settings, others = CASES[case]
-    found, order = ours(tiny, objective, encoded)
+    found, order = ours(tiny, objective, encoded, tmp_path / "ours")
     expected = theirs(kind, tiny, tokenizer, rows, order, output_dir=str(tmp_path), **settings)
     assert len(expected) == STEPS
     assert found == pytest.approx(expected, abs=1e-5, rel=0)
@@ -141,11 +134,11 @@ def test_every_step_has_the_loss_of_trl(tiny, tokenizer, rows, encoded, tmp_path
     assert found != pytest.approx(wrong, abs=1e-4, rel=0)
 
 
-def test_the_benchmarks_stock_side_minimises_the_same_loss(tiny, tokenizer, encoded):
+def test_the_benchmarks_stock_side_minimises_the_same_loss(tiny, tokenizer, encoded, tmp_path):
     """Three rows a pair through DPOTrainer are the whole objective."""
     from benchmarks import stock_trl
 
-    found, order = ours(tiny, trainer.preference_objective(BOTH, True), encoded)
+    found, order = ours(tiny, trainer.preference_objective(BOTH, True), encoded, tmp_path)
     by_id = {pair.id: pair for pair in encoded}
     steps = [[by_id[name] for name in step] for step in order]
     settings = {
