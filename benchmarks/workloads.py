@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama 3.2 1B's and Llama 3.1 8B's
     },
 }
 WORKLOADS = (
-    Workload("smollm2", "weights/smollm2_135m", "synthetic", 2, 2, 1024, 5e-6, "bfloat16"),
+    Workload("smollm2", "weights/smollm2_135m", "synthetic", 4, 1, 1024, 5e-6, "bfloat16"),
     Workload("embedded", "evolve/embedded", "embedded", 64, 20, 128, 2e-4, "float32", micro_batch=64, rows=192),
 )
 GPU_WORKLOADS = tuple(
