@@ -26,6 +26,8 @@ ATTENTION = "evolve_forest"
 # computes more and calls less.
 SMALL_TREE = 256
 
+FLEX = ("cuda",)  # where FlexAttention has gradients
+
 
 @dataclass(frozen=True)
 class Forest:
@@ -144,7 +146,7 @@ class Layout:
         """
         if window is not None and window > int(self.forest.positions.max()):
             window = None
-        if self.device.type == "cuda":
+        if self.device.type in FLEX:
             return self._flex(module, query, key, value, window, scaling=scale, dropout=dropout, softcap=softcap)
         if softcap is not None:
             raise ValueError("this model caps its attention scores, which needs a GPU here; set trainer.layout=padded")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from evolve import packing, pairs
 from evolve.packing import Layout, plant
@@ -276,37 +276,40 @@ def test_capped_scores_are_refused_without_a_gpu(models, how):
 
 @pytest.fixture
 def flex(monkeypatch):
-    """Sends attention the way that a GPU takes."""
-
-    def attend(layout, module, query, key, value, *, scale, dropout, window, softcap):
-        made.append(layout)
-        return layout._flex(module, query, key, value, window, scaling=scale, dropout=dropout, softcap=softcap)
-
-    made = []
-    monkeypatch.setattr(Layout, "attend", attend)
-    with torch.compiler.set_stance("force_eager"):
-        yield made
+    monkeypatch.setattr(packing, "FLEX", ("cpu",))
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        yield
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_attention_gives_what_padded_rows_give(models, flex, kind):
-    given_ = draw_pairs(0)
-    plain, laid_out = models[kind]
-    with torch.inference_mode():
-        expected = run(plain, pairs.batch(given_, "padded", 0))
-        assert not flex
-        found = run(laid_out, pairs.batch(given_, "shared", 0))
-    assert len(flex) == SIZES["num_hidden_layers"]
+    given_, (plain, laid_out) = draw_pairs(0), models[kind]
+    expected = run(plain, pairs.batch(given_, "padded", 0))
+    batch = pairs.batch(given_, "shared", 0)
+    torch.testing.assert_close(run(laid_out, batch), expected, rtol=1e-5, atol=1e-5)
+    assert {name for name, _ in batch.layout._parts} == {"flex"}
+
+
+# Attention alone
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=25)
+@given(groups, st.sampled_from([None, *range(1, 9)]))
+@pytest.mark.parametrize("way", [*ATTENTION, "flex"])
+def test_each_way_is_attention_under_the_whole_mask(request, way, groups, window):
+    if way == "flex":
+        request.getfixturevalue("flex")
+    forest = plant(groups)
+    tokens, generator = len(forest.end), torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, tokens, 8, generator=generator)
+    key, value = torch.randn(2, 1, 2, tokens, 8, generator=generator)
+    layout = Layout(forest, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SMALL_TREE", ATTENTION.get(way))
+        found = layout.attend(torch.nn.Module(), query, key, value, scale=0.7, dropout=0.0, window=window, softcap=None)
+    assert {name for name, _ in layout._parts} == {way}
+    mask = packing.visible(forest, window)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.7, enable_gqa=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 1, 4])
-def test_flex_attention_has_the_whole_mask(flex, window):
-    forest = plant([[sequence.ids for sequence in group] for group in draw_pairs(0)])
-    layout, tokens = Layout(forest, torch.device("cpu")), len(forest.end)
-    query, key, value = (torch.randn(1, 2, tokens, 8) for _ in range(3))
-    with torch.inference_mode():
-        layout._flex(torch.nn.Module(), query, key, value, window, scaling=None, dropout=0.0, softcap=None)
-    mask = create_mask(layout._parts["flex", window].mask_mod, 1, 1, tokens, tokens, "cpu")
-    assert torch.equal(mask[0, 0], packing.visible(forest, window))
