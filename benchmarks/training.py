@@ -78,8 +78,8 @@ LOSS = PreferenceWeights(
 )
 LORA = Lora(rank=16, alpha=32, dropout=0.0, targets="all-linear")
 
-# Stock's settings, those that were fastest here by `--settings`: DPOConfig's fields, and `rows` for
-# per_device_train_batch_size, which stands with the workload. Rows of one step are sorted by length whatever it is.
+# Stock's settings, those that were fastest here by `--settings`: DPOConfig's fields. What depends on sizes stands with
+# the workload: `rows` (per_device_train_batch_size), `attention`. Rows of one step are always sorted by length.
 STOCK: dict[str, Any] = {"optim": "adamw_torch_fused"}
 SCORED: dict[str, Any] = {"scored_positions_only": True}  # not a setting: see the docstring
 TRIED: dict[str, dict[str, Any]] = {
@@ -88,7 +88,8 @@ TRIED: dict[str, dict[str, Any]] = {
     "float32": {"bf16": False},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "optimiser not fused": {"optim": "adamw_torch"},
-    "attention eager": {"attn_implementation": "eager"},
+    "attention sdpa": {"attention": "sdpa"},
+    "attention eager": {"attention": "eager"},
     "padding_free": {"padding_free": True},
     "liger": {"use_liger_kernel": True},
     "compiled": {"torch_compile": True},
@@ -350,8 +351,7 @@ def stock(workload: Workload, settings: Mapping[str, Any], order: Sequence[Seque
         size = workload.batch
         order = [[pair.id for pair in pairs[first : first + size]] for first in range(0, len(pairs), size)]
     settings = dict(settings)
-    if attention := settings.pop("attn_implementation", None):
-        model.set_attn_implementation(attention)
+    model.set_attn_implementation(settings.pop("attention", workload.attention))
     if settings.pop("scored_positions_only", False):
         import trl.trainer.utils as where_the_head_asks
 
@@ -597,6 +597,7 @@ def main() -> int:
             workload = replace(workload, model=str(ROOT / workload.model))
         if arguments.settings:
             results.setdefault(workload.name, {})["stock_settings"] = try_settings(workload)
+            file.write_text(json.dumps(results, indent=1) + "\n")
         kept = results.get(workload.name, {}).get("stock_settings")
         results[workload.name] = compare(workload, arguments.repeats) | ({"stock_settings": kept} if kept else {})
         if over := results[workload.name]["sides"].get("shared", {}).get("over_stock"):

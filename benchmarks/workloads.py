@@ -32,7 +32,8 @@ class Workload:
     learning_rate: float
     dtype: str  # of autocast; weights are float32 wherever they are trained
     micro_batch: int = 1  # ours: pairs at once
-    rows: int = 1  # stock's: a pair is three, each two sequences
+    rows: int = 1  # stock's: rows at once; a pair is three, each two sequences
+    attention: str = "sdpa"  # stock's implementation
     lora: bool = False
     gradient_checkpointing: bool = False
     device: str = "cpu"
@@ -63,7 +64,19 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama 3.2 1B's and Llama 3.1 8B's
 }
 WORKLOADS = (
     Workload("smollm2", "weights/smollm2_135m", "synthetic", 4, 1, 1024, 5e-6, "bfloat16"),
-    Workload("embedded", "evolve/embedded", "embedded", 64, 20, 128, 2e-4, "float32", micro_batch=64, rows=192),
+    Workload(
+        "embedded",
+        "evolve/embedded",
+        "embedded",
+        64,
+        20,
+        128,
+        2e-4,
+        "float32",
+        micro_batch=64,
+        rows=192,
+        attention="eager",
+    ),
 )
 GPU_WORKLOADS = tuple(
     Workload(
