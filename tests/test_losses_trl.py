@@ -6,6 +6,7 @@ policy and another as the reference. The refinement loss and SRPO's are in no li
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evolve import losses, pairs
 from evolve.config import PreferenceWeights
+from evolve.templates import Encoded
 
 PAIRS = 6
 EVERYWHERE = {"per_device_train_batch_size": PAIRS, "use_cpu": True, "bf16": False, "report_to": [], "max_length": None}
@@ -76,7 +78,12 @@ def dpo_trainer(policy, reference, tokenizer, rows, folder, **settings):
 
 def logp(model, ids, attention, answers):
     """Log-probabilities and lengths of a batch of TRL's, which holds the chosen answers, then the rejected ones."""
-    summed = pairs.log_probabilities(model, {"input_ids": ids, "attention_mask": attention, "answer": answers.bool()})
+    sequences = []
+    for row, real, answer in zip(ids, attention.bool(), answers.bool(), strict=True):
+        assert answer[real].sort(stable=True).values.equal(answer[real])  # the answer comes last
+        sequences.append(Encoded(row[real].tolist(), int((~answer[real]).sum())))
+    prepared = pairs.prepare(copy.copy(model), "padded")  # a copy with the same weights: TRL goes on with the model
+    summed = pairs.log_probabilities(prepared, pairs.batch([sequences], "padded", 0))
     lengths = answers.sum(1).chunk(2)
     return dict(zip(losses.DIRECT, summed.chunk(2), strict=True)), dict(
         zip(("chosen", "rejected"), lengths, strict=True)
