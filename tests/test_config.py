@@ -230,6 +230,11 @@ REFUSED = {
     "reward_model.micro_batch=5": ["reward_model.micro_batch=5", "reward_model.batch_size=16", "1, 2, 4, 8, 16"],
     "iteration.count=30": ["data.path=embedded", "iteration.count"],
     "trainer.micro_batch=7 trainer.batch_size=16": ["trainer.micro_batch=7", "trainer.batch_size=16", "1, 2, 4, 8, 16"],
+    "trainer.devices=3 trainer.batch_size=16": ["trainer.batch_size=16", "trainer.devices=3", "15 or 18 would"],
+    "trainer.devices=2 trainer.batch_size=12 trainer.micro_batch=4": [
+        "trainer.micro_batch=4: doesn't divide trainer.batch_size=12 over trainer.devices=2; these do: 1, 2, 3, 6"
+    ],
+    "trainer.sharding=fsdp": ["trainer.sharding=fsdp", "trainer.devices above 1"],
     "data.max_length=16 data.max_response_tokens=16": ["data.max_length=16", "data.max_response_tokens=16"],
     "data.eval_path=LICENSE": ["data.eval_path", "leave it null"],
     "loss=bth": [

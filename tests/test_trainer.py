@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,22 @@ def test_a_step_is_dealt_out_once_however_many_devices_there_are(rounds, devices
     assert len(dealt[0]) > 0
     if len(step) == batch_size:
         assert {len(group) for group in dealt} == {micro}
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
+def test_a_batch_that_does_not_divide_is_told_what_would(batch_size, micro, devices):
+    """Each number that the error names is accepted in the place of the one that it is about."""
+    try:
+        rounds = accumulation("trainer", batch_size, micro, devices)
+    except ValueError as error:
+        about, fits = re.fullmatch(r"trainer\.(\w+)=.*; (?:these do: )?([\d ,or]+)(?: would)?", str(error)).groups()
+        for number in map(int, re.findall(r"\d+", fits)):
+            if about == "micro_batch":
+                assert number * accumulation("trainer", batch_size, number, devices) * devices == batch_size
+            else:
+                assert accumulation("trainer", number, 1, devices) * devices == number
+    else:
+        assert rounds * devices * min(micro, batch_size // devices) == batch_size
 
 
 # ---- what changes nothing
