@@ -7,10 +7,11 @@ normalisation over the whole step, and three checks: the layout, the values at s
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,11 @@ class PairTrainer(Trainer):
 
     def diverged(self, what: str, step: int, prompts: Sequence[str] | None = None) -> Diverged:
         """The error, with what it is known to come from: some prompts, or all that this device ran for the step."""
-        kept = last_checkpoint(Path(str(self.args.output_dir)))
+        # The weights after the step before gave this loss, so a checkpoint of just these is no good one.
+        kept = last_checkpoint(Path(str(self.args.output_dir)), step - 1)
         return Diverged(
             f"{what} at step {step}, prompts {', '.join(prompts or self._prompts[1])}; "
-            f"{f'the last good checkpoint is {kept}' if kept else 'no checkpoint was written before'}; "
+            f"{f'the last good checkpoint is {kept}' if kept else 'there is no good checkpoint'}; "
             "a smaller learning rate (model.learning_rate) is the usual remedy"
         )
 
@@ -221,10 +223,10 @@ class PairTrainer(Trainer):
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of which everything was written."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+def last_checkpoint(folder: Path, before: float = inf) -> Path | None:
+    """The newest checkpoint of which everything was written, from earlier than step `before`."""
+    whole = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
+    return max(((step, path) for step, path in whole.items() if step < before), default=(0, None))[1]
 
 
 class _Steps(TrainerCallback):
@@ -359,6 +361,11 @@ def train(
     callback.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
+    if arguments.should_save:  # what was half written would push whole ones out as newer ones come
+        for path in folder.glob("checkpoint-*"):
+            if not (path / COMPLETE).exists():
+                shutil.rmtree(path)
+    trainer.accelerator.wait_for_everyone()
     before = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if before is None else str(before))
     model.config.use_cache = use_cache  # which the Trainer turns off, for whoever loads what is saved too

@@ -41,7 +41,10 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         inputs["model"], dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
-    model = pairs.prepare(loaded.to(context.device).eval(), config.layout)
+    model = loaded.to(context.device).eval()
+    longest = max(encoded, key=lambda pair: sum(len(sequence.ids) for sequence in pair.sequences.values()))
+    pairs.check(model, [[longest.sequences[name] for name in names]], config.layout, tokenizer.pad_token_id)
+    pairs.prepare(model, config.layout)
     bf16 = config.model.dtype == "bfloat16"
     found: list[torch.Tensor] = []
     # The same precision as training's, or the first step would not be at the reference.
