@@ -237,9 +237,9 @@ def references(
 
     names = DIRECT + REFINE
     plain, attention = model.forward, model.config._attn_implementation
-    prepare(model.eval(), layout)
+    prepare(model.eval(), layout, bf16)
     examples = []
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode():
         for first in range(0, len(pairs), micro_batch):
             some = pairs[first : first + micro_batch]
             made = batch([[pair.sequences[name] for name in names] for pair in some], layout, pad_id).to(device)

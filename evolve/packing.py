@@ -245,7 +245,10 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, by the layout of the batch."""
+    """transformers' attention interface, by the layout of the batch. Raises ValueError for what it can't do."""
+    for name in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"this model's attention has {name}, which layouts don't; set trainer.layout=padded")
     output = layout.attend(
         module, query, key, value, scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap
     )

@@ -166,11 +166,12 @@ def _padded(sequences: Sequence[Encoded], tokens: int, pad_id: int) -> Batch:
     )
 
 
-def prepare(model: Any, how: str) -> Any:
+def prepare(model: Any, how: str, bf16: bool = False) -> Any:
     """Teaches a causal language model, in place, to answer `model(batch=Batch)` with log-probabilities: [scored].
 
     The logits are made by the model's own head, where an answer's token is predicted and nowhere else, and never leave
-    `forward`: what wraps the model (mixed precision, DDP, FSDP, PEFT) sees one small tensor.
+    `forward`: what wraps the model (DDP, FSDP, DeepSpeed, PEFT) sees one small tensor, in float32. With bf16 the
+    forward is autocast in here, so that it is the same arithmetic for references, on one device, and on many.
     """
     if how != "padded":
         model.set_attn_implementation(packing.ATTENTION)
@@ -180,11 +181,12 @@ def prepare(model: Any, how: str) -> Any:
         if batch is None:
             return inner(*args, **kwargs)
         layout = {} if batch.layout is None else {"layout": batch.layout}
-        logits = inner(
-            input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.positions,
-            logits_to_keep=batch.kept, use_cache=False, **layout,
-        ).logits  # fmt: skip
-        return LogProbability.apply(logits[0] if batch.picked is None else logits[batch.picked], batch.targets)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+            logits = inner(
+                input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.positions,
+                logits_to_keep=batch.kept, use_cache=False, **layout,
+            ).logits  # fmt: skip
+            return LogProbability.apply(logits[0] if batch.picked is None else logits[batch.picked], batch.targets)
 
     model.forward = forward
     return model

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from evolve import sources
-from evolve.config import Config, Sampling, Strategy
+from evolve.config import Config, ConfigError, Sampling, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -65,6 +66,11 @@ class Graph:
 
 def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
     """A member's stages, inputs before what needs them. Raises ConfigError if what it names outside can't be found."""
+    if config.trainer.sharding == "deepspeed" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install 'evolve-harness[deepspeed]', or take "
+            "trainer=fsdp"
+        )
     builder = _Builder(config, resolve)
     builder.loop()
     return Member(name, config, tuple(builder.steps))

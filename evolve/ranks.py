@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,16 @@ from evolve.config import ROOT
 from evolve.stages import Context, module
 from evolve.store import Report, Stage, ended, this_process
 
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")  # what a process says when another dies
+
 
 def run(stage: Stage, inputs: Mapping[str, Path], out: Path, context: Context, processes: int) -> Report:
     """The stage's own `run` in that many processes. Raises RuntimeError with the first error that one of them had."""
+    if context.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < processes:
+            raise RuntimeError(f"trainer.devices={processes}: there are {torch.cuda.device_count()} GPUs here")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = (stage.kind, stage.config, dict(inputs), out, context.device, context.partial, this_process())
@@ -45,12 +53,17 @@ def run(stage: Stage, inputs: Mapping[str, Path], out: Path, context: Context, p
                     context.progress(*json.loads(text))
         finally:
             started.terminate()
-            started.wait()
+            try:
+                started.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
         errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-        if errors:
-            raise RuntimeError(errors[0].read_text())
-        if started.returncode:
+        text = errors[0].read_text() if errors else ""
+        if started.returncode and (not text or any(sign in text for sign in PEER_GONE)):
             raise RuntimeError(f"one of {processes} processes ended with no error of its own (out of memory?)")
+        if text:
+            raise RuntimeError(text)
         return Report(**json.loads((folder / "report").read_text()))
 
 

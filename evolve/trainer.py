@@ -28,14 +28,14 @@ from evolve.pairs import EncodedPair
 COMPLETE = "complete"  # a file that a checkpoint has once all of it is written
 
 
-# Arguments of the Trainer for each trainer.sharding; the libraries' own defaults but for these.
+# Arguments of the Trainer for each trainer.sharding. Weights, gradients and what devices exchange are float32 in all of
+# them; the forward pass autocasts itself (pairs.prepare), so none is told of bfloat16.
 SHARDING: dict[str, dict[str, Any]] = {
     "none": {},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
     "deepspeed": {
         "deepspeed": {
             "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-            "bf16": {"enabled": "auto"},
             "gradient_clipping": "auto",
             "gradient_accumulation_steps": "auto",
             "train_micro_batch_size_per_gpu": "auto",
@@ -310,6 +310,13 @@ def train(
         ValueError: the batch doesn't divide over the devices; or the model can't be run in this layout.
         Diverged: the loss is not finite or has grown out of bounds; names the step, the prompts and the checkpoint.
     """
+    if settings.sharding == "fsdp" and device == "cpu":
+        raise ValueError("trainer.sharding=fsdp: needs GPUs; take trainer.sharding=none, which runs on CPUs too")
+    if settings.sharding != "none":  # whose checkpoints nothing else can read
+        folder = folder / f"{settings.sharding}-{settings.devices}"
+    for module in model.modules():  # as in TRL: a policy with dropout is not its own reference
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     set_seed(seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -321,7 +328,6 @@ def train(
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=bf16,
         use_cpu=device == "cpu",
         seed=seed,
         logging_steps=1,
@@ -342,7 +348,7 @@ def train(
     if settings.sharding == "none":
         longest = max(examples, key=lambda example: max(len(s.ids) for s in example["pair"].sequences.values()))
         pairs.check(model.to(arguments.device), [list(longest["pair"].sequences.values())], settings.layout, pad_id)
-    pairs.prepare(model, settings.layout)
+    pairs.prepare(model, settings.layout, bf16)
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora)
     use_cache = model.config.use_cache

@@ -292,7 +292,7 @@ def test_list_names_all_that_can_be_published(out: Path, ids: dict[str, str], ca
 WRONG = {
     "nothing named": (["--to", "model"], "say what to publish"),
     "unknown": (["forest"], "forest: no sweep's folder, no stage of"),
-    "no model": (["evaluate/"], "is no model; reward_model, activate, train are"),
+    "no model": (["evaluate/"], "is no model; reward_model, activate, train, reinforce are"),
     "two models": (["train/"], "train/: 2 models start so: train/"),
     "no member": (["{sweep}"], "name one member (0: loss=sft_only; 1: loss=both); none named fits 2"),
     "unknown member": (["{sweep}", "loss=pt"], "loss=pt fits 0"),

@@ -91,7 +91,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-SHARDING = ["none", "fsdp", "deepspeed"]
+SHARDING = ["none", "deepspeed"]  # FSDP needs GPUs
 
 
 @pytest.mark.parametrize("sharding", SHARDING)
@@ -122,16 +122,37 @@ def test_two_processes_train_as_one(inputs, tmp_path, sharding):
     assert (two / "config.json").read_text() == (one / "config.json").read_text()
 
 
-def test_adapters_are_merged_from_shards(inputs, tmp_path):
+def test_fsdp_is_refused_on_a_cpu(inputs, tmp_path):
+    with pytest.raises(RuntimeError, match=r"^trainer\.sharding=fsdp: needs GPUs"):
+        ranks.run(training(devices=2, sharding="fsdp"), inputs, tmp_path, here(tmp_path), 2)
+
+
+def test_adapters_train_on_two_processes_as_on_one(inputs, tmp_path):
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"}
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     module("train").run(training(lora=lora).config, inputs, one, here(tmp_path))
-    ranks.run(training(lora=lora, devices=2, sharding="fsdp"), inputs, two, here(two), 2)
+    ranks.run(training(lora=lora, devices=2), inputs, two, here(two), 2)
     before, after = weights(one), weights(two)
     assert before.keys() == after.keys() == weights(inputs["model"]).keys()
     assert max((before[name] - after[name]).abs().max().item() for name in before) < 1e-5
+
+
+def test_a_process_that_is_killed_is_not_mistaken_for_the_one_that_complains(inputs, tmp_path):
+    endless = training("activate", devices=2)
+    endless = stage("activate", {}, **{**endless.config.model_dump(), "epochs": 100000})
+
+    def kill_one(done, total):
+        family = psutil.Process().children(recursive=True)
+        workers = [process for process in family if "evolve.ranks" in process.cmdline() and "-u" in process.cmdline()]
+        if workers:
+            workers[-1].kill()
+
+    context = Context("cpu", kill_one, tmp_path / "partial")
+    given = {"model": inputs["model"], "pairs": inputs["pairs_1"]}
+    with pytest.raises(RuntimeError, match=r"^one of 2 processes ended with no error of its own"):
+        ranks.run(endless, given, tmp_path, context, 2)
 
 
 def test_an_error_in_a_process_is_the_stages(inputs, tmp_path):
@@ -171,3 +192,36 @@ def test_processes_end_with_the_one_that_started_them(inputs, tmp_path):
     while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
         assert time.monotonic() < deadline, family
         time.sleep(0.2)
+
+
+def test_a_prepared_model_is_sharded_by_fsdp2_as_it_is(tiny, template, tmp_path):
+    """transformers' Trainer shards on GPUs alone; what it calls there runs on a CPU too, with one process."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM
+
+    from evolve import pairs, templates
+
+    tokenizer = templates.load_tokenizer(tiny, None, False)
+    encoded = pairs.encode(tokenizer, template, ROWS, 128, 0.0)[0]
+    batch = pairs.batch([list(pair.sequences.values()) for pair in encoded], "shared", 0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for bf16 in (False, True):
+            plain, sharded = (
+                pairs.prepare(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), "shared", bf16)
+                for _ in range(2)
+            )
+            for layer in sharded.model.layers:
+                fully_shard(layer)
+            fully_shard(sharded)
+            expected, found = pairs.log_probabilities(plain, batch), pairs.log_probabilities(sharded, batch)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            expected.sum().backward()
+            found.sum().backward()
+            for (name, one), other in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+                gradient = other.grad.full_tensor()
+                torch.testing.assert_close(gradient, one.grad, rtol=1e-4, atol=1e-4, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -186,7 +186,7 @@ def test_a_build_clears_what_a_killed_one_left(store):
     left.mkdir(parents=True)
     (left / "rows.jsonl").write_text("half")
     gone = subprocess.run(
-        [sys.executable, "-c", "import json; from evolve.store import _process; print(json.dumps(_process()))"],
+        [sys.executable, "-c", "import json; from evolve.store import this_process; print(json.dumps(this_process()))"],
         capture_output=True,
         text=True,
         check=True,

@@ -46,8 +46,8 @@ def make_examples(path, template, bf16=False, layout="shared"):
 
     rows = [{"id": f"r{n}", "prompt": ledger(), "chosen": ledger(), "rejected": ledger()} for n in range(PAIRS)]
     encoded, _ = pairs.encode(templates.load_tokenizer(path, None, False), template, rows, 128, 0.0)
-    model = pairs.prepare(fresh(path).eval(), layout)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    model = pairs.prepare(fresh(path).eval(), layout, bf16)
+    with torch.inference_mode():
         batches = [pairs.batch([[pair.sequences[name] for name in NAMES]], layout, 0) for pair in encoded]
         values = [pairs.log_probabilities(model, batch).tolist() for batch in batches]
     return [
@@ -364,7 +364,7 @@ def test_a_loss_that_is_not_a_number_names_step_prompts_and_checkpoint(model, ex
     prompts = ", ".join(calls[4])
     assert len(calls[4]) == 2  # the rest of an epoch, dealt out evenly
     assert str(error.value) == (
-        f"the loss is nan at step 3, prompts {prompts}; the last good checkpoint is {tmp_path / 'checkpoint-2'}; "
+        f"the loss is nan at step 3, prompts {prompts}; the last good checkpoint is {tmp_path / 'checkpoint-1'}; "
         "a smaller learning rate (model.learning_rate) is the usual remedy"
     )
 
@@ -375,7 +375,7 @@ def test_a_loss_out_of_bounds_names_step_and_prompts(model, examples, objective,
         fit(model, bad, examples, tmp_path, micro_batch=4, max_loss_growth=50.0)
     assert str(error.value).startswith("the loss is ")
     assert "more than trainer.max_loss_growth=50 times the first step's" in str(error.value)
-    assert f"at step 2, prompts {', '.join(calls[2] + calls[3])}; no checkpoint was written before" in str(error.value)
+    assert f"at step 2, prompts {', '.join(calls[2] + calls[3])}; there is no good checkpoint" in str(error.value)
     assert len(calls) == 4
 
 
@@ -481,7 +481,7 @@ def test_growth_is_measured_from_the_first_step_of_all(tiny, examples, objective
         lambda *given_: (lambda loss, metrics: (20 * loss, metrics))(*objective.loss(*given_)),
         objective.expected,
     )
-    with pytest.raises(trainer.Diverged, match=r"at step 3, .*; the last good checkpoint is .*checkpoint-2; "):
+    with pytest.raises(trainer.Diverged, match=r"at step 3, .*; the last good checkpoint is .*checkpoint-1; "):
         resumed(tiny, grown, examples, tmp_path, epochs=2, max_loss_growth=10.0)
 
 

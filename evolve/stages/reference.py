@@ -44,11 +44,10 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     model = loaded.to(context.device).eval()
     longest = max(encoded, key=lambda pair: sum(len(sequence.ids) for sequence in pair.sequences.values()))
     pairs.check(model, [[longest.sequences[name] for name in names]], config.layout, tokenizer.pad_token_id)
-    pairs.prepare(model, config.layout)
-    bf16 = config.model.dtype == "bfloat16"
-    found: list[torch.Tensor] = []
     # The same precision as training's, or the first step would not be at the reference.
-    with torch.inference_mode(), torch.autocast(context.device, torch.bfloat16, enabled=bf16):
+    pairs.prepare(model, config.layout, bf16=config.model.dtype == "bfloat16")
+    found: list[torch.Tensor] = []
+    with torch.inference_mode():
         for first in range(0, len(encoded), config.micro_batch):
             some = [[pair.sequences[name] for name in names] for pair in encoded[first : first + config.micro_batch]]
             batch = pairs.batch(some, config.layout, tokenizer.pad_token_id).to(context.device)
