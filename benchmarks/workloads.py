@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama 3.2 1B's and Llama 3.1 8B's
     },
 }
 WORKLOADS = (
-    Workload("smollm2", "weights/smollm2_135m", "synthetic", 4, 1, 1024, 5e-6, "bfloat16"),
+    Workload("smollm2", "weights/smollm2_135m", "synthetic", 2, 1, 1024, 5e-6, "bfloat16"),
     Workload(
         "embedded",
         "evolve/embedded",

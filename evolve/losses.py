@@ -2,7 +2,7 @@
 
 Notation: h = log pi(answer | context) - log pi_ref(answer | context), log-probabilities summed over the answer's
 tokens, or their mean where `lengths` says so. w is the chosen answer, l the rejected one. Everything is per pair, shape
-[pairs]; nothing here knows of models, tokens or batches.
+[pairs], but for SFT, which is per token; nothing here knows of models or devices.
 
 TRL writes the same equations inside its trainers' steps, where they can't be called apart from the trainer;
 tests/test_losses_trl.py holds ours equal to theirs, wherever TRL has the loss.

@@ -1,4 +1,4 @@
-"""Preference training: (1 - alpha) L_DPO + alpha L_refine on pairs, against stored reference log-probabilities."""
+"""Preference training: (1 - alpha) L_direct + alpha L_refine on pairs, against stored reference log-probabilities."""
 
 from __future__ import annotations
 
