@@ -18,6 +18,7 @@ alternate, and medians are kept in benchmarks/results/training.json.
     --workload NAME    smollm2 (needs `python -m evolve.smollm2`), embedded; both if not given
     --repeats N        how often shared and stock are measured (3); the other sides once
     --threads N        of torch; all cores if not given
+    --sides A,B,...    only these
     --settings         also measure what else stock TRL can be set to, once each
     --gpu              Llama-shaped 1B and 8B with random weights instead; results in training_gpu.json
 
@@ -478,7 +479,7 @@ def attempt(function: Callable[..., Result], *arguments: Any) -> Result | str:
         return "out of memory"
 
 
-def compare(workload: Workload, repeats: int) -> dict[str, Any]:
+def compare(workload: Workload, repeats: int, asked: Sequence[str]) -> dict[str, Any]:
     """Both sides, in turn; a side that can't run has its reason in place of numbers."""
     gflops = apart(matmul_gflops, workload)
     measurements: dict[str, list[Result]] = {}
@@ -486,7 +487,7 @@ def compare(workload: Workload, repeats: int) -> dict[str, Any]:
     order: list[list[str]] | None = None
 
     def take(name: str, function: Callable[..., Result], *arguments: Any) -> None:
-        if name in reasons:
+        if name in reasons or (asked and name not in asked):
             return
         result = attempt(function, *arguments)
         if isinstance(result, str):
@@ -570,10 +571,15 @@ def main() -> int:
     parser.add_argument("--data")
     parser.add_argument("--workload", action="append", choices=[workload.name for workload in WORKLOADS])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", default="")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--settings", action="store_true")
     parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
+    sides = [name for name in arguments.sides.split(",") if name]
+    if unknown := set(sides) - {*VARIANTS, "stock", "stock_scored"}:
+        print(f"--sides: no {sorted(unknown)[0]}; there are {', '.join([*VARIANTS, 'stock', 'stock_scored'])}")
+        return 2
     if arguments.gpu and apart(machine, WORKLOADS[0])["accelerator"] is None:
         print("no GPU here: nothing was measured, and no result was changed")
         return 0
@@ -599,7 +605,9 @@ def main() -> int:
             results.setdefault(workload.name, {})["stock_settings"] = try_settings(workload)
             file.write_text(json.dumps(results, indent=1) + "\n")
         kept = results.get(workload.name, {}).get("stock_settings")
-        results[workload.name] = compare(workload, arguments.repeats) | ({"stock_settings": kept} if kept else {})
+        results[workload.name] = compare(workload, arguments.repeats, sides) | (
+            {"stock_settings": kept} if kept else {}
+        )
         if over := results[workload.name]["sides"].get("shared", {}).get("over_stock"):
             results |= {"ratio": over["ratio"], "memory": over["memory"]} if workload is workloads[0] else {}
         file.write_text(json.dumps(results, indent=1) + "\n")
