@@ -608,8 +608,9 @@ def main() -> int:
         results[workload.name] = compare(workload, arguments.repeats, sides) | (
             {"stock_settings": kept} if kept else {}
         )
-        if over := results[workload.name]["sides"].get("shared", {}).get("over_stock"):
-            results |= {"ratio": over["ratio"], "memory": over["memory"]} if workload is workloads[0] else {}
+        over = results[workload.name]["sides"].get("shared", {}).get("over_stock")
+        if over and workload.name == "smollm2":
+            results |= {"ratio": over["ratio"], "memory": over["memory"]}
         file.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
