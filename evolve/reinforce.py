@@ -26,7 +26,7 @@ from evolve import strategies
 from evolve.config import Optimiser, PolicyGradient
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Scorer
-from evolve.trainer import Diverged, Trained, _with_adapters, one_device
+from evolve.trainer import Diverged, Trained, one_device, with_adapters
 
 REMEDY = "a smaller learning rate (model.learning_rate) is the usual remedy"
 DIFFER = "prompts whose answers' scores differ"  # the others have no advantages, so nothing is learnt from them
@@ -232,7 +232,7 @@ def train(
         )
         one_device(arguments)
         trainer = _Trainer(
-            model=model if settings.lora is None else _with_adapters(model, settings.lora),
+            model=model if settings.lora is None else with_adapters(model, settings.lora),
             reward_funcs=_reward,
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": filled}),

@@ -350,7 +350,7 @@ def train(
         pairs.check(model.to(arguments.device), [list(longest["pair"].sequences.values())], settings.layout, pad_id)
     pairs.prepare(model, settings.layout, bf16)
     if settings.lora is not None:
-        model = _with_adapters(model, settings.lora)
+        model = with_adapters(model, settings.lora)
     use_cache = model.config.use_cache
     callback = _Steps(settings.checkpoint_minutes, on_step)
     trainer = PairTrainer(
@@ -411,7 +411,7 @@ def one_device(arguments: TrainingArguments) -> None:
         arguments._n_gpu = 1
 
 
-def _with_adapters(model: Any, lora: Lora) -> Any:
+def with_adapters(model: Any, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
@@ -439,7 +439,7 @@ def whole(trained: Trained, load: Callable[[], Any]) -> Any | None:
         return None
     if state is not None:
         unset_hf_deepspeed_config()  # or what is loaded would be sharded too, by this one process of many
-        model = load() if settings.lora is None else _with_adapters(load(), settings.lora)
+        model = load() if settings.lora is None else with_adapters(load(), settings.lora)
         lacking = set(model.load_state_dict(state, strict=False).missing_keys)
         if lacking - set(model.all_tied_weights_keys):
             raise RuntimeError(f"the sharded model gave no {sorted(lacking)[0]}")

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.training import optimiser
 from evolve import ranks
-from evolve.config import Optimiser, PreferenceWeights, SFTWeights, Template
+from evolve.config import PreferenceWeights, SFTWeights, Template
 from evolve.stages import Context, ModelSettings, module, read_rows, stage, write_rows
 
 pytestmark = pytest.mark.slow  # each process imports torch and transformers for itself
@@ -22,25 +23,6 @@ ROWS = [
     {"id": f"r{n}", "prompt": "0 1 2 3 " + "1 " * n, "chosen": f"{n % 4} 1 2", "rejected": f"3 {n % 3}"}
     for n in range(11)
 ]
-
-
-def optimiser(**changes):
-    settings = {
-        "batch_size": 8,  # so that the last step of an epoch has 3 pairs for 2 processes of up to 2 pairs
-        "micro_batch": 2,
-        "schedule": "linear",
-        "warmup": 0.0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "gradient_checkpointing": False,
-        "layout": "shared",
-        "devices": 1,
-        "sharding": "none",
-        "checkpoint_minutes": None,
-        "max_loss_growth": 100.0,
-        **changes,
-    }
-    return Optimiser(**settings)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +63,10 @@ def training(kind="train", **changes):
         },
         "activate": {"loss": SFTWeights(direct=1.0, refine=1.0)},
     }[kind]  # fmt: skip
+    # A batch of 8, so that the last step of an epoch has 3 pairs for 2 processes of up to 2 pairs.
+    minimiser = optimiser(batch_size=8, micro_batch=2, schedule="linear", **changes)
     settings = {"checkpoint_dtype": "float32", "epochs": 2, "learning_rate": 1e-4, "seed": 0, **common(), **loss}
-    return stage(kind, {}, **{**settings, "optimiser": optimiser(**changes)})
+    return stage(kind, {}, **settings, optimiser=minimiser)
 
 
 def weights(folder):

@@ -19,8 +19,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.training import optimiser
 from evolve import losses, pairs, templates, trainer
-from evolve.config import CONF, ROOT, Lora, Optimiser, PreferenceWeights, SFTWeights, Template, accumulation
+from evolve.config import CONF, ROOT, Lora, PreferenceWeights, SFTWeights, Template, accumulation
 
 BOTH = PreferenceWeights(alpha=0.4, beta_direct=0.1, beta_refine=0.2, refine_contexts="both", refine_scale=1.0, nll=0.1)
 SFT = SFTWeights(direct=1.0, refine=0.5)
@@ -57,25 +58,11 @@ def make_examples(path, template, bf16=False, layout="shared"):
 
 
 def fit(model, objective, examples, folder, *, rate=1e-3, epochs=1, seed=0, bf16=False, on_step=None, **changed):
-    settings = {
-        "batch_size": 8,
-        "micro_batch": 8,
-        "schedule": "linear",
-        "warmup": 0.0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "gradient_checkpointing": False,
-        "layout": "shared",
-        "devices": 1,
-        "sharding": "none",
-        "checkpoint_minutes": None,
-        "max_loss_growth": 100.0,
-    }
     return trainer.train(
         model,
         objective,
         examples,
-        Optimiser(**{**settings, **changed}),
+        optimiser(**{"batch_size": 8, "micro_batch": 8, "schedule": "linear", **changed}),
         epochs=epochs,
         learning_rate=rate,
         seed=seed,
