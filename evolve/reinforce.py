@@ -24,8 +24,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from evolve import strategies
 from evolve.config import Optimiser, PolicyGradient
+from evolve.engines import Completion, Request
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Scorer
+from evolve.templates import direct
 from evolve.trainer import Diverged, Trained, one_device, with_adapters
 
 REMEDY = "a smaller learning rate (model.learning_rate) is the usual remedy"
@@ -102,11 +104,11 @@ class Rollouts:
             "score": [scores.get(row) for row in rows],
         }
 
-    def _draw(self, asked: Mapping[int, str]) -> dict[int, strategies.Completion]:
+    def _draw(self, asked: Mapping[int, str]) -> dict[int, Completion]:
         seeds = {row: strategies.seed(self.seed, prompt, row % self.answers) for row, prompt in asked.items()}
-        self.engine.submit([strategies.Request((row, 0), prompt, (), seeds[row]) for row, prompt in asked.items()])
+        self.engine.submit([Request((row, 0), direct(prompt), seeds[row]) for row, prompt in asked.items()])
         self.engine.model.eval()
-        drawn: dict[int, strategies.Completion] = {}
+        drawn: dict[int, Completion] = {}
         while made := self.engine.poll():
             drawn |= {completion.key[0]: completion for completion in made}
         self.engine.model.train()

@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from evolve.config import Strategy
+from evolve.engines import Completion, Request
+from evolve.templates import Messages
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, the answers it saw, its turn (1 = direct), its length in tokens, how it ended.
+    """One answer: its text, the answers it saw, its turn (1 = direct), tokens generated, how it ended, tokens read.
 
     end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (not made: its prompt left no room, or
     an answer that it was to see was not made).
@@ -36,6 +38,7 @@ class Answer:
     turn: int
     tokens: int
     end: str
+    read: int = 0
 
 
 Script = Generator[list[Ask], list[Answer], None]
@@ -99,32 +102,11 @@ def seed(base: int, prompt: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
-class Request:
-    """What an engine is asked: `key` = (prompt's index, answer's index), the answers to show, and the seed."""
-
-    key: tuple[int, int]
-    prompt: str
-    earlier: tuple[str, ...]
-    seed: int
-    possible: bool = True  # False: an answer it would show was not made, so this one can't be either
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What an engine gives back."""
-
-    key: tuple[int, int]
-    text: str
-    tokens: int
-    end: str  # as Answer.end
-    ids: tuple[int, ...] = ()  # the tokens themselves, the one that ended it too, from an engine that has them
-
-
 def run(
     strategy: Strategy,
     prompts: Sequence[str],
     base_seed: int,
+    layout: Callable[[str, Sequence[str]], Messages],
     submit: Callable[[list[Request]], None],
     poll: Callable[[], Iterable[Completion]],
     score: Callable[[str, str], float] | None = None,
@@ -132,6 +114,7 @@ def run(
     """Runs the strategy on each prompt; yields (prompt's index, its answers in the order they were asked) when done.
 
     Args:
+        layout: (prompt, earlier answers) -> messages.
         submit, poll: an engine's: hand over requests; wait for some completions (none: nothing is under way).
         score: (prompt, answer) -> score, for a strategy that looks at scores on the way.
     """
@@ -139,35 +122,42 @@ def run(
     made: list[list[Answer]] = [[] for _ in prompts]
     pending: list[dict[int, Ask]] = [{} for _ in prompts]
     arrived: list[dict[int, Answer]] = [{} for _ in prompts]
+    ready: list[Completion] = []  # of asks that no engine has to see
 
     def ask(index: int, asks: list[Ask]) -> list[Request]:
         first = len(made[index])
         pending[index] = {first + offset: wanted for offset, wanted in enumerate(asks)}
         prompt = prompts[index]
-        return [
-            Request(
-                (index, number),
-                prompt,
-                tuple(made[index][given].text for given in wanted.given),
-                seed(base_seed, prompt, number),
-                possible=all(made[index][given].end != "too long" for given in wanted.given),
-            )
-            for number, wanted in pending[index].items()
-        ]
+        requests = []
+        for number, wanted in pending[index].items():
+            earlier = [made[index][given] for given in wanted.given]
+            if any(answer.end == "too long" for answer in earlier):
+                ready.append(Completion((index, number), "", 0, "too long"))
+                continue
+            messages = layout(prompt, [answer.text for answer in earlier])
+            requests.append(Request((index, number), messages, seed(base_seed, prompt, number)))
+        return requests
 
-    opening: list[Request] = []
+    following: list[Request] = []
     for index, prompt in enumerate(prompts):
         judge = (lambda answer, prompt=prompt: score(prompt, answer.text)) if score else _unscored
         scripts.append(STRATEGIES[strategy.name](strategy, judge))
-        opening += ask(index, next(scripts[index]))
-    submit(opening)
-    while completions := list(poll()):
-        following: list[Request] = []
+        following += ask(index, next(scripts[index]))
+    while True:
+        if following:
+            submit(following)
+        completions, ready[:] = list(ready), []
+        completions = completions or list(poll())
+        if not completions:
+            return
+        following = []
         for completion in completions:
             index, number = completion.key
             given = pending[index][number].given
             turn = 1 + max((made[index][earlier].turn for earlier in given), default=0)
-            arrived[index][number] = Answer(completion.text, given, turn, completion.tokens, completion.end)
+            arrived[index][number] = Answer(
+                completion.text, given, turn, completion.tokens, completion.end, completion.read
+            )
             if len(arrived[index]) < len(pending[index]):
                 continue
             answers = [arrived[index][number] for number in sorted(arrived[index])]
@@ -177,8 +167,6 @@ def run(
                 following += ask(index, scripts[index].send(answers))
             except StopIteration:
                 yield index, made[index]
-        if following:
-            submit(following)
 
 
 def _unscored(answer: Answer) -> float:

@@ -60,6 +60,14 @@ def refine(template: Template, prompt: str, answers: Sequence[str]) -> Messages:
     return direct(text.strip())
 
 
+def asking(template: Template | None, prompt: str, answers: Sequence[str]) -> Messages:
+    """What a strategy asks: for an answer to the prompt or, with earlier answers, for a better one."""
+    if not answers:
+        return direct(prompt)
+    assert template is not None, "a strategy that refines needs a template"
+    return refine(template, prompt, answers)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Ids up to where the answer starts."""
     ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

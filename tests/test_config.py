@@ -195,7 +195,9 @@ REFUSED = {
     "loss=grpo loss.policy_gradient=null": ["loss.pt=rewards: loss.policy_gradient is null", "loss=grpo"],
     "loss=grpo loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
     "loss=grpo +loss.policy_gradient.clip=1": ["loss.policy_gradient.clip: unknown key", "clip_high, clip_low"],
-    "loss.policy_gradient.kl=1": ["loss.policy_gradient.kl: loss.policy_gradient is null here; take a choice of loss"],
+    "loss.policy_gradient.kl=1": [
+        "loss.policy_gradient.kl: not a setting of this choice of loss; take one that has it"
+    ],
     "loss=grpo sampling.temperature=0": ["sampling.temperature=0", "loss.pt=rewards compares them"],
     "loss=grpo trainer=fsdp": ["trainer.devices=8", "trainer.devices=1 trainer.sharding=none"],
     "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "trainer.lora", "kl=0"],
@@ -283,6 +285,9 @@ RUNTIME = {
     "trainer.max_loss_growth": st.floats(1.1, 1e6),
     "reward_model.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
     "engine.batch_size": st.integers(1, 4096),
+    "engine.processes": st.integers(1, 8),
+    "engine.retries": st.integers(0, 8),
+    "engine.memory_share": st.floats(0.1, 1),
     "output": st.text("abc/", min_size=1),
     "dry_run": st.booleans(),
     "wandb.mode": st.sampled_from(["auto", "offline", "online", "disabled"]),
@@ -342,6 +347,7 @@ def test_every_other_setting_changes_an_id() -> None:
         "strategy.expand": "every",
         "template.text": "{prompt} {response}",
         "template.separator": "|",
+        "engine.max_length": 200,
         "loss.pt": "none",
         "loss.direct": "ipo",
         "loss.lengths": "mean",

@@ -3,13 +3,14 @@ import random
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 
 from evolve import engines, strategies, templates
-from evolve.config import Engine, Sampling
-from evolve.engines.hf import draw, uniform
+from evolve.config import CONF, HF, Sampling, Template
+from evolve.engines import Completion, Request
+from evolve.engines.draw import draw, uniform
 from evolve.stages import ModelSettings
-from evolve.strategies import Completion, Request
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1)
 SAMPLED = Sampling(temperature=0.7, top_k=0, top_p=1)
@@ -21,11 +22,11 @@ def ledger(seed):
 
 
 @pytest.fixture(scope="module")
-def load(tiny, template):
+def load(tiny):
     def load(sampling, batch=8, new=12, length=128):
         read = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
-        task = engines.Task(tiny, read, template, sampling, new, length, "cpu")
-        return engines.load(Engine(name="hf", batch_size=batch), task)
+        task = engines.Task(tiny, read, sampling, new, length, "cpu")
+        return engines.load(HF(name="hf", batch_size=batch), task)
 
     return load
 
@@ -41,9 +42,14 @@ def drain(engine, requests):
     return found
 
 
+def asks(key, prompt, earlier, seed):
+    template = Template(**yaml.safe_load((CONF / "template" / "rewrite.yaml").read_text()))
+    return Request(key, templates.asking(template, prompt, earlier), seed)
+
+
 REQUESTS = [
-    Request(
-        (prompt, sample), ledger(prompt), (ledger(90 + prompt),) * (sample % 3), strategies.seed(0, str(prompt), sample)
+    asks(
+        (prompt, sample), ledger(prompt), [ledger(90 + prompt)] * (sample % 3), strategies.seed(0, str(prompt), sample)
     )
     for prompt in range(8)
     for sample in range(5)
@@ -62,17 +68,16 @@ def tokenizer(tiny):
     return templates.load_tokenizer(tiny, None, False)
 
 
-def test_greedy_is_generates_own(load, model, tokenizer, template):
+def test_greedy_is_generates_own(load, model, tokenizer):
     """transformers' greedy decoding of each prompt alone and unpadded; short and long answers are both among them."""
     found = drain(load(GREEDY, batch=16), REQUESTS)
     for request in REQUESTS:
-        earlier = templates.refine(template, request.prompt, request.earlier)
-        ids = templates.encode_prompt(tokenizer, earlier if request.earlier else templates.direct(request.prompt))
+        ids = templates.encode_prompt(tokenizer, request.messages)
         made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         finished = made[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(made, skip_special_tokens=True).strip()
         end = "stop" if finished else "length"
-        assert found[request.key] == Completion(request.key, text, len(made), end, tuple(made))
+        assert found[request.key] == Completion(request.key, text, len(made), end, len(ids), tuple(made))
     assert {completion.end for completion in found.values()} == {"stop", "length"}
     assert len({completion.text for completion in found.values()}) > 8
 
@@ -104,7 +109,7 @@ def cut(probabilities, top_k, top_p):
 )
 def test_first_tokens_are_drawn_from_the_softmax(load, model, tokenizer, temperature, top_k, top_p):
     draws = 4000
-    requests = [Request((0, n), "3 1", (), strategies.seed(0, "3 1", n)) for n in range(draws)]
+    requests = [asks((0, n), "3 1", [], strategies.seed(0, "3 1", n)) for n in range(draws)]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     found = drain(load(sampling, batch=1000, new=1), requests)
 
@@ -182,7 +187,7 @@ def test_numbers_are_a_pure_function():
 def test_a_prompt_without_room_is_too_long(load, tokenizer):
     fits = "0 1 2 3"
     room = len(templates.encode_prompt(tokenizer, templates.direct(fits))) + 12
-    requests = [Request((0, 0), fits, (), 1), Request((1, 0), f"{fits} 0", (), 1), Request((2, 0), fits, (fits,), 1)]
+    requests = [asks((0, 0), fits, [], 1), asks((1, 0), f"{fits} 0", [], 1), asks((2, 0), fits, [fits], 1)]
     found = drain(load(GREEDY, length=room), requests)
     assert found[0, 0].end in ("stop", "length")
     for key in ((1, 0), (2, 0)):

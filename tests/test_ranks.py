@@ -107,7 +107,7 @@ def test_two_processes_train_as_one(inputs, tmp_path, sharding):
 
 
 def test_fsdp_is_refused_on_a_cpu(inputs, tmp_path):
-    with pytest.raises(RuntimeError, match=r"^trainer\.sharding=fsdp: needs GPUs"):
+    with pytest.raises(ValueError, match=r"^trainer\.sharding=fsdp: needs GPUs"):
         ranks.run(training(devices=2, sharding="fsdp"), inputs, tmp_path, here(tmp_path), 2)
 
 
@@ -129,13 +129,15 @@ def test_a_process_that_is_killed_is_not_mistaken_for_the_one_that_complains(inp
 
     def kill_one(done, total):
         family = psutil.Process().children(recursive=True)
-        workers = [process for process in family if "evolve.ranks" in process.cmdline() and "-u" in process.cmdline()]
+        workers = [
+            process for process in family if "evolve.processes" in process.cmdline() and "-u" in process.cmdline()
+        ]
         if workers:
             workers[-1].kill()
 
     context = Context("cpu", kill_one, tmp_path / "partial")
     given = {"model": inputs["model"], "pairs": inputs["pairs_1"]}
-    with pytest.raises(RuntimeError, match=r"^one of 2 processes ended with no error of its own"):
+    with pytest.raises(RuntimeError, match=r"^one of 2 processes: it ended with no error of its own"):
         ranks.run(endless, given, tmp_path, context, 2)
 
 
@@ -144,7 +146,7 @@ def test_an_error_in_a_process_is_the_stages(inputs, tmp_path):
     out.mkdir()
     broken = training("activate", devices=2)
     broken = stage("activate", {}, **{**broken.config.model_dump(), "max_length": 6})
-    with pytest.raises(RuntimeError, match=r"^11 of 11 pairs are longer than data\.max_length=6 tokens"):
+    with pytest.raises(ValueError, match=r"^11 of 11 pairs are longer than data\.max_length=6 tokens"):
         ranks.run(broken, {"model": inputs["model"], "pairs": inputs["pairs_1"]}, out, here(tmp_path), 2)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evolve import engines, reinforce, templates, trainer, world
-from evolve.config import Engine, Lora, Optimiser, PolicyGradient, Sampling, Strategy
+from evolve.config import HF, Lora, Optimiser, PolicyGradient, Sampling, Strategy
 from evolve.engines.hf import HFEngine
 from evolve.scorers import Score
 from evolve.stages import Context, ModelSettings, read_rows, respond, write_rows
@@ -213,7 +213,7 @@ def policy(embedded):
 def rollouts_of(policy, embedded, scorer, prompts=PROMPTS):
     tokenizer = templates.load_tokenizer(embedded, None, False)
     encoded = {text: templates.encode_prompt(tokenizer, templates.direct(text)) for text in prompts}
-    task = engines.Task(embedded, READ, None, SAMPLED, 12, 128, "cpu")
+    task = engines.Task(embedded, READ, SAMPLED, 12, 128, "cpu")
     engine = HFEngine(task, 16, policy)
     return reinforce.Rollouts(engine, scorer, encoded, answers=4, seed=0, keep_unfinished=False)
 
@@ -259,7 +259,7 @@ def test_prompts_and_answers_are_the_tokens_that_respond_has(policy, embedded, t
     write_rows(tmp_path / "prompts" / "rows.jsonl", [{"id": text, "prompt": text} for text in PROMPTS])
     config = respond.Config(
         model=READ,
-        engine=Engine(name="hf", batch_size=64),
+        engine=HF(name="hf", batch_size=64),
         strategy=Strategy(name="parallel", answers=4, branching=None, expand=None),
         template=None,
         sampling=SAMPLED,

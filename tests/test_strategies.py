@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from evolve import strategies
 from evolve.config import Strategy
-from evolve.strategies import Completion
+from evolve.engines import Completion
 
 NAMES = tuple(strategies.STRATEGIES)
 settings = st.builds(
@@ -19,6 +19,10 @@ settings = st.builds(
     branching=st.integers(1, 5),
     expand=st.sampled_from(["best", "every"]),
 )
+
+
+def layout(prompt, earlier):
+    return [prompt, *earlier]
 
 
 class Echo:
@@ -38,10 +42,7 @@ class Echo:
         self.random.shuffle(self.waiting)
         size = self.random.randint(1, len(self.waiting))
         done, self.waiting = self.waiting[:size], self.waiting[size:]
-        return [
-            Completion(item.key, f"{'|'.join((item.prompt, *item.earlier))}#{item.seed % 997}", 1, "stop")
-            for item in done
-        ]
+        return [Completion(item.key, f"{'|'.join(item.messages)}#{item.seed % 997}", 1, "stop") for item in done]
 
 
 def by_text(prompt, answer):
@@ -51,7 +52,7 @@ def by_text(prompt, answer):
 
 def answers_of(strategy, prompts=("p",), base=0, chaos=0):
     engine = Echo(chaos)
-    found = list(strategies.run(strategy, prompts, base, engine.submit, engine.poll, by_text))
+    found = list(strategies.run(strategy, prompts, base, layout, engine.submit, engine.poll, by_text))
     assert len(dict(found)) == len(found) == len(prompts)
     return dict(found), engine
 
@@ -65,7 +66,7 @@ def made(name, answers, branching=None, expand=None):
 def test_every_strategy_makes_exactly_its_answers(strategy, chaos):
     prompts = ["p", "q", "r"]
     found, engine = answers_of(strategy, prompts, chaos=chaos)
-    assert Counter(request.prompt for request in engine.seen) == dict.fromkeys(prompts, strategy.answers)
+    assert Counter(request.messages[0] for request in engine.seen) == dict.fromkeys(prompts, strategy.answers)
     for index, answers in found.items():
         assert len(answers) == strategy.answers
         assert answers[0].given == ()
@@ -90,7 +91,7 @@ def test_neither_order_nor_company_changes_an_answer(strategy, prompts, chaos):
 def test_seeds_are_of_base_prompt_and_answer(one, other, base, prompt):
     def seeds(strategy, prompts):
         _, engine = answers_of(strategy, prompts, base)
-        return {request.key[1]: request.seed for request in engine.seen if request.prompt == prompt}
+        return {request.key[1]: request.seed for request in engine.seen if request.messages[0] == prompt}
 
     first, second = seeds(one, [prompt]), seeds(other, [prompt + "x", prompt])
     shared = first.keys() & second.keys()
@@ -139,7 +140,7 @@ def test_tree_takes_the_earlier_of_equals(answers, branching):
     """With equal scores, best is each in turn."""
     engine = Echo()
     strategy = Strategy(name="tree", answers=answers, branching=branching, expand="best")
-    ((_, tree),) = strategies.run(strategy, ["p"], 0, engine.submit, engine.poll, lambda prompt, answer: 1.0)
+    ((_, tree),) = strategies.run(strategy, ["p"], 0, layout, engine.submit, engine.poll, lambda prompt, answer: 1.0)
     assert tree == made("tree", answers, branching, "every")
 
 
@@ -147,7 +148,7 @@ def test_best_without_a_scorer_is_refused():
     engine = Echo()
     strategy = Strategy(name="tree", answers=3, branching=2, expand="best")
     with pytest.raises(ValueError, match="no scorer was given"):
-        list(strategies.run(strategy, ["p"], 0, engine.submit, engine.poll))
+        list(strategies.run(strategy, ["p"], 0, layout, engine.submit, engine.poll))
 
 
 def test_a_prompt_goes_on_while_others_wait():
@@ -155,9 +156,9 @@ def test_a_prompt_goes_on_while_others_wait():
     waiting = []
 
     def poll():
-        waiting.sort(key=lambda request: request.prompt, reverse=True)
+        waiting.sort(key=lambda request: request.messages[0], reverse=True)
         return [Completion(waiting.pop(0).key, "y", 1, "stop")] if waiting else []
 
     strategy = Strategy(name="chain", answers=3, branching=None, expand=None)
-    finished = [index for index, _ in strategies.run(strategy, ["a", "b"], 0, waiting.extend, poll)]
+    finished = [index for index, _ in strategies.run(strategy, ["a", "b"], 0, layout, waiting.extend, poll)]
     assert finished == [1, 0]

@@ -4,7 +4,8 @@
     poll()             wait until some are done, return them; [] when nothing is under way
     close()            give back memory
 
-An engine draws each answer from its request's own seed, so that results don't depend on what else is in the batch.
+A request is messages and a seed. An engine draws each answer from its request's own seed (draw.py), so that results
+don't depend on what else is in the batch; hf and vllm draw the same tokens from the same seed where their logits agree.
 """
 
 from __future__ import annotations
@@ -12,24 +13,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-from evolve.config import Engine as Settings
-from evolve.config import Sampling, Template
+from evolve import templates
+from evolve.config import HF, VLLM, Sampling, Server
 from evolve.stages import ModelSettings
-from evolve.strategies import Completion, Request
+
+
+class Request(NamedTuple):
+    """`key` names the request: in a strategy (prompt's index, answer's index)."""
+
+    key: tuple[int, int]
+    messages: templates.Messages
+    seed: int  # 63 bits
+
+
+class Completion(NamedTuple):
+    """What an engine gives back.
+
+    end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (not made: its prompt left no room).
+    tokens: generated, the one that ended it too. read: of the prompt.
+    """
+
+    key: tuple[int, int]
+    text: str
+    tokens: int
+    end: str
+    read: int = 0
+    ids: tuple[int, ...] = ()  # the tokens generated, from an engine that has them
 
 
 @dataclass(frozen=True)
 class Task:
-    """What any engine has to know: the model and how to read it, how to lay out and draw answers, how long they may be.
+    """What any engine has to know: the model and how to read it, how to draw answers, how long they may be.
 
-    `template` is None where nothing is refined; `max_length` is in tokens of prompt and answer together.
+    `max_length` is in tokens of prompt and answer together.
     """
 
     model: Path
     read: ModelSettings
-    template: Template | None
     sampling: Sampling
     max_new_tokens: int
     max_length: int
@@ -44,8 +66,58 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def load(settings: Settings, task: Task) -> Engine:
-    """The engine that `engine=` names, with the task's model loaded."""
+def load(settings: HF | VLLM | Server, task: Task) -> Engine:
+    """The engine that `engine=` names, with the task's model loaded.
+
+    Raises ValueError, before weights are loaded, if the model or its context can't be held.
+    """
+    if settings.name == "openai":
+        from evolve.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(settings, task)
+    from evolve.engines import memory
+
+    memory.check(settings, task)
+    if settings.name == "vllm":
+        from evolve.engines.vllm import VLLMEngine
+
+        return VLLMEngine(settings, task)
     from evolve.engines.hf import HFEngine
 
-    return {"hf": HFEngine}[settings.name](task, settings.batch_size)
+    return HFEngine(task, settings.batch_size)
+
+
+class Codec:
+    """Messages to tokens and generated tokens to completions, for engines that work on tokens."""
+
+    def __init__(self, task: Task):
+        from transformers import AutoConfig, GenerationConfig
+
+        self.task = task
+        self.tokenizer = templates.load_tokenizer(task.model, task.read.chat_template, task.read.trust_remote_code)
+        config: Any = AutoConfig.from_pretrained(task.model, trust_remote_code=task.read.trust_remote_code)
+        habits: Any = (
+            GenerationConfig.from_pretrained(task.model)
+            if (task.model / "generation_config.json").exists()
+            else GenerationConfig.from_model_config(config)
+        )
+        ends = habits.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
+
+    def encode(self, request: Request) -> list[int] | None:
+        """The prompt's ids; None: there is no room for an answer behind it."""
+        ids = templates.encode_prompt(self.tokenizer, request.messages)
+        return ids if len(ids) + self.task.max_new_tokens <= self.task.max_length else None
+
+    def completion(self, request: Request, read: int, ids: Sequence[int]) -> Completion:
+        """From the ids generated; what stands behind the first that ends an answer is none of it."""
+        place = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        answer = ids if place is None else ids[:place]
+        spent = tuple(ids if place is None else ids[: place + 1])
+        text = str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+        return Completion(request.key, text, len(spent), "length" if place is None else "stop", read, spent)
+
+
+def too_long(request: Request) -> Completion:
+    return Completion(request.key, "", 0, "too long")

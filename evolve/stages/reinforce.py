@@ -68,7 +68,6 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     task = engines.Task(
         model=inputs["model"],
         read=config.model,
-        template=None,
         sampling=config.sampling,
         max_new_tokens=config.max_new_tokens,
         max_length=config.max_length,

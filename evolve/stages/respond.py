@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from evolve import parts
 from evolve.config import Engine, Sampling, Section, Strategy, Template
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.stages.score import Config as ScoreConfig
 from evolve.stages.score import load_scorer
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):
@@ -30,7 +31,7 @@ class Config(Section):
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
-    from evolve import engines, strategies, templates
+    from evolve import templates
 
     tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
     rows = read_rows(inputs["prompts"] / "rows.jsonl")
@@ -41,6 +42,44 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     ]
     if not kept:
         raise ValueError(f"all {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens}")
+    prompts = [row["prompt"] for row in kept]
+    made = parts.run(answer, (config, inputs, prompts), len(kept), context, **config.engine.shards)
+    write_rows(
+        out / "answers.jsonl",
+        (
+            {"id": row["id"], "prompt": row["prompt"], "answers": answers}
+            for row, answers in zip(kept, made, strict=True)
+        ),
+    )
+    flat = [answer for answers in made for answer in answers]
+    ends = Counter(answer["end"] for answer in flat)
+    dropped = {
+        "prompts longer than max_prompt_tokens": len(rows) - len(kept),
+        "answers not made: no room in the context": ends["too long"],
+    }
+    values = {
+        "prompts": len(kept),
+        "answers": len(flat),
+        "cut off at max_response_tokens": ends["length"],
+        "empty": sum(not answer["text"] for answer in flat),
+    }
+    tokens = {
+        "generated": sum(answer["tokens"] for answer in flat),
+        "read": sum(answer["read"] for answer in flat),
+    }
+    return Report(dropped, tokens, values)
+
+
+def answer(
+    argument: tuple[Config, Mapping[str, Path], list[str]],
+    numbers: Sequence[int],
+    emit: parts.Emit,
+    context: Context,
+) -> None:
+    """Emits the answers to the prompts of these numbers."""
+    from evolve import engines, strategies, templates
+
+    config, inputs, prompts = argument
     score = None
     if config.scorer is not None:
         scorer = load_scorer(config.scorer, inputs.get("reward_model"), context)
@@ -52,43 +91,25 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     task = engines.Task(
         model=inputs["model"],
         read=config.model,
-        template=config.template,
         sampling=config.sampling,
         max_new_tokens=config.max_new_tokens,
-        max_length=config.max_length,
+        max_length=config.engine.max_length or config.max_length,
         device=context.device,
     )
     engine = engines.load(config.engine, task)
-    asked = len(kept) * config.strategy.answers
-    made = 0
+    asked, done = len(numbers) * config.strategy.answers, 0
 
-    def poll() -> list[strategies.Completion]:
-        nonlocal made
+    def poll() -> list[engines.Completion]:
+        nonlocal done
         completions = engine.poll()
-        made += len(completions)
-        context.progress(made, asked)
+        done += len(completions)
+        context.progress(done, asked)
         return completions
 
-    prompts = [row["prompt"] for row in kept]
-    answers = dict(strategies.run(config.strategy, prompts, config.seed, engine.submit, poll, score))
+    def layout(prompt: str, earlier: Sequence[str]) -> templates.Messages:
+        return templates.asking(config.template, prompt, earlier)
+
+    chosen = [prompts[number] for number in numbers]
+    for place, answers in strategies.run(config.strategy, chosen, config.seed, layout, engine.submit, poll, score):
+        emit(numbers[place], [asdict(answer) for answer in answers])
     engine.close()
-    write_rows(
-        out / "answers.jsonl",
-        (
-            {"id": row["id"], "prompt": row["prompt"], "answers": [asdict(answer) for answer in answers[index]]}
-            for index, row in enumerate(kept)
-        ),
-    )
-    flat = [answer for index in range(len(kept)) for answer in answers[index]]
-    ends = Counter(answer.end for answer in flat)
-    dropped = {
-        "prompts longer than max_prompt_tokens": len(rows) - len(kept),
-        "answers not made: no room in the context": ends["too long"],
-    }
-    values = {
-        "prompts": len(kept),
-        "answers": len(flat),
-        "cut off at max_response_tokens": ends["length"],
-        "empty": sum(not answer.text for answer in flat),
-    }
-    return Report(dropped, {"generated": sum(answer.tokens for answer in flat)}, values)

@@ -1,0 +1,126 @@
+"""A call in a process of its own, which ends with the process that started it, however that ended.
+
+The call, its progress and its result go through a folder; what it prints goes where its starter's does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evolve.config import ROOT, ConfigError
+from evolve.store import ended, this_process
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")  # what a process says when another dies
+
+
+class Died(RuntimeError):
+    """The process ended with no error of its own."""
+
+
+class Call:
+    """`function(*arguments, progress)` in a process of its own, or in several by a `launcher` such as torchrun.
+
+    The function is one of a module's, its arguments can be pickled, its result is JSON; of several processes the first
+    one's counts.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        *,
+        launcher: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ):
+        self._scratch = tempfile.TemporaryDirectory()
+        self._folder = Path(self._scratch.name)
+        (self._folder / "call").write_bytes(pickle.dumps((function, tuple(arguments), this_process())))
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "evolve.processes", str(self._folder)],
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            start_new_session=True,
+        )
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """(done, total), once there is some."""
+        try:
+            done, total = json.loads((self._folder / "progress").read_text())
+        except FileNotFoundError:
+            return None
+        return done, total
+
+    def result(self) -> Any:
+        """What the function returned. Raises ValueError or RuntimeError with its error's text, or Died."""
+        errors = sorted(self._folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+        found = json.loads(errors[0].read_text()) if errors else {}
+        text = found.get("text", "")
+        if self._process.returncode and (not text or any(sign in text for sign in PEER_GONE)):
+            raise Died("it ended with no error of its own (out of memory?)")
+        if text:
+            raise (ValueError if found["known"] else RuntimeError)(text)
+        return json.loads((self._folder / "result").read_text())
+
+    def stop(self) -> None:
+        """Ends it and all that it started. Safe to call again."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._scratch.cleanup()
+
+
+def _follow(starter: Mapping[str, Any]) -> None:
+    while not ended(starter):
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)  # the launcher and what libraries have started, too
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
+    function, arguments, starter = pickle.loads((folder / "call").read_bytes())
+    threading.Thread(target=_follow, args=(starter,), daemon=True).start()
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if rank == 0 and (done == total or time.monotonic() - last > 0.2):
+            last = time.monotonic()
+            (folder / "progress.new").write_text(json.dumps([done, total]))
+            (folder / "progress.new").rename(folder / "progress")
+
+    try:
+        result = function(*arguments, progress)
+    except Exception as error:
+        traceback.print_exc()
+        known = isinstance(error, ValueError | ConfigError)
+        text = f"{error}" or type(error).__name__
+        (folder / f"error-{rank}.new").write_text(json.dumps({"text": text, "known": known}))
+        (folder / f"error-{rank}.new").rename(folder / f"error-{rank}")
+        raise
+    if rank == 0:
+        (folder / "result").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
