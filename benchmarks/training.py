@@ -51,14 +51,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.workloads import GPU_WORKLOADS, SHAPES, WORKLOADS, Workload, configuration, load, lora
+from benchmarks.workloads import GPU_WORKLOADS, SHAPES, WORKLOADS, Workload, configuration, load, lora, processor
 from evolve.config import ROOT, Lora, Optimiser, PreferenceWeights
 
 if TYPE_CHECKING:
@@ -426,21 +425,13 @@ def machine(workload: Workload) -> dict[str, Any]:
     if workload.threads:
         torch.set_num_threads(workload.threads)
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def summary(runs: Sequence[Result], gflops: float) -> dict[str, Any]:

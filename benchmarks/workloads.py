@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -187,3 +189,12 @@ def lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -118,6 +118,26 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)]
 
 
+def _text_of(section: str, values: Any) -> Any:
+    """A section's values with the content of the file at `path`, where there is one, in place of `text`."""
+    if isinstance(values, dict) and isinstance(values.get("path"), str):
+        file = find(values["path"])
+        if file is None or not file.is_file():
+            raise ValueError(f"{section}.path={values['path']}: no such file")
+        try:
+            return {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+        except UnicodeDecodeError:
+            raise ValueError(f"{section}.path={values['path']}: not a text in UTF-8") from None
+    return values
+
+
+def _check_fields(section: str, name: str, path: str | None, text: str, fields: Sequence[str]) -> None:
+    for field in fields:
+        if text.count(field) != 1:
+            where = f"{section}.path={path}" if path else f"{section}.text of '{name}'"
+            raise ValueError(f"{where}: holds {field} {text.count(field)} times; it must stand there once")
+
+
 class Template(Section):
     name: Annotated[str, RUNTIME]
     text: str
@@ -127,22 +147,11 @@ class Template(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_path(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("path"), str):
-            file = find(values["path"])
-            if file is None or not file.is_file():
-                raise ValueError(f"template.path={values['path']}: no such file")
-            try:
-                values = {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
-            except UnicodeDecodeError:
-                raise ValueError(f"template.path={values['path']}: not a text in UTF-8") from None
-        return values
+        return _text_of("template", values)
 
     @model_validator(mode="after")
     def _has_fields(self) -> Template:
-        for field in ("{prompt}", "{response}"):
-            if self.text.count(field) != 1:
-                where = f"template.path={self.path}" if self.path else f"template.text of '{self.name}'"
-                raise ValueError(f"{where}: holds {field} {self.text.count(field)} times; it must stand there once")
+        _check_fields("template", self.name, self.path, self.text, ("{prompt}", "{response}"))
         return self
 
 
@@ -242,7 +251,7 @@ class Loss(Section):
 
 class Filter(Section):
     name: Annotated[str, RUNTIME]
-    scorer: Literal["reward_model", "verifier", "none"]
+    scorer: Literal["reward_model", "verifier", "judge", "none"]
     select: Literal["best_worst", "last_first"]
     margin: Weight
     unfinished: Literal["drop", "keep"]
@@ -378,8 +387,51 @@ class Trainer(Optimiser):
         return self
 
 
+class NoJudge(Section):
+    name: Annotated[str, RUNTIME]
+    mode: Literal["none"]
+
+
+class JudgePrompt(Section):
+    name: Annotated[str, RUNTIME]
+    text: str
+    path: Annotated[str | None, RUNTIME]  # its content replaces `text`, which is what counts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_path(cls, values: Any) -> Any:
+        return _text_of("judge.prompt", values)
+
+
 class Judge(Section):
-    name: Literal["none"]
+    """A language model that scores answers. `model` and `revision` are no identity: the model itself is an input."""
+
+    name: Annotated[str, RUNTIME]
+    mode: Literal["graded", "pairwise"]
+    model: Annotated[str | None, RUNTIME]
+    revision: Annotated[str | None, RUNTIME]
+    engine: Engine
+    prompt: JudgePrompt
+    highest: Rate | None
+    samples: Positive
+    temperature: Weight
+    max_new_tokens: Positive
+    max_length: Positive
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Judge:
+        fields = {"graded": ("{prompt}", "{response}"), "pairwise": ("{prompt}", "{first}", "{second}")}[self.mode]
+        _check_fields("judge.prompt", self.prompt.name, self.prompt.path, self.prompt.text, fields)
+        if self.mode == "graded" and self.highest is None:
+            raise ValueError("judge.highest=null: judge.mode=graded needs the highest grade that the prompt names")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"judge.samples={self.samples}: all would be the same at judge.temperature=0; set 1")
+        if self.model is None and not (self.engine.name == "openai" and self.engine.url):
+            raise ValueError(
+                "judge.model=null: only a server that runs has a model of its own (engine@judge.engine=openai "
+                "judge.engine.url=...); set judge.model to `policy`, a folder or a hub id"
+            )
+        return self
 
 
 class Eval(Section):
@@ -387,7 +439,7 @@ class Eval(Section):
     turns: Annotated[int, Field(ge=1, le=64)]
     temperature: Weight
     seed: Seed
-    scorer: Literal["auto", "verifier", "reward_model"]
+    scorer: Literal["auto", "verifier", "reward_model", "judge"]
 
 
 class Resources(Section):
@@ -418,7 +470,7 @@ class Config(Section):
     iteration: Iteration
     engine: Engine
     trainer: Trainer
-    judge: Judge
+    judge: Annotated[NoJudge | Judge, Field(discriminator="mode")]
     eval: Eval
     seed: Seed
     resources: Annotated[Resources, RUNTIME]
@@ -462,6 +514,19 @@ class Config(Section):
                 refuse(
                     f"eval.scorer=verifier: data.name={self.data.name} has no verifier; take eval.scorer=reward_model"
                 )
+        scorers = {"filter.scorer": self.filter.scorer, "eval.scorer": self.eval.scorer}
+        for key, scorer in scorers.items():
+            if scorer == "judge" and self.judge.mode == "none":
+                refuse(f"{key}=judge: judge.name=none; take judge=policy, judge=policy_pairwise or judge=server")
+        if self.judge.mode != "none":
+            if self.eval.scorer == "judge" and self.judge.model == "policy":
+                refuse(
+                    "eval.scorer=judge: judge.model=policy would measure each model by itself; "
+                    "set judge.model to one and the same model"
+                )
+            alone = (self.strategy.name == "tree" and self.strategy.expand == "best") and self.filter.scorer == "judge"
+            if alone and self.judge.mode == "pairwise":
+                refuse("strategy.expand=best: scores answers one by one, and judge.mode=pairwise compares them")
         if self.loss.pt == "rewards" and self.filter.scorer == "none":
             refuse(
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
@@ -546,9 +611,10 @@ def _explain(error: ValidationError) -> str:
     """The first of pydantic's errors as one line."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"] if part != "function-before"]
-    if len(parts) > 2 and parts[-3] == "engine":
-        del parts[-2]  # which of the engines' sections
-    key = ".".join(parts)
+    # Behind a section that is one of several stands which.
+    key = ".".join(
+        part for place, part in enumerate(parts) if place == 0 or parts[place - 1] not in ("engine", "judge")
+    )
     if first["type"] == "extra_forbidden":
         return unknown_key(key)
     if first["type"] == "missing":

@@ -54,10 +54,13 @@ def direct(prompt: str) -> Messages:
 
 def refine(template: Template, prompt: str, answers: Sequence[str]) -> Messages:
     """(x, y, z): one user turn that shows the prompt and earlier answers, and asks for a better one."""
-    fields = {"prompt": prompt, "response": template.separator.join(answers)}
-    # One pass, so that a prompt or answer which itself says "{response}" is left as it is.
-    text = re.sub(r"\{(prompt|response)\}", lambda match: fields[match[1]], template.text)
-    return direct(text.strip())
+    return direct(fill(template.text, prompt=prompt, response=template.separator.join(answers)))
+
+
+def fill(text: str, **fields: str) -> str:
+    """The text with its {fields} filled in, in one pass: an answer which itself says "{response}" is left as it is."""
+    names = "|".join(fields)
+    return re.sub(rf"\{{({names})\}}", lambda match: fields[match[1]], text).strip()
 
 
 def asking(template: Template | None, prompt: str, answers: Sequence[str]) -> Messages:

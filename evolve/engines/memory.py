@@ -40,12 +40,16 @@ def weights(settings: HF | VLLM, task: Task) -> int:
     return int(parameters(task.model) * each)
 
 
+def head_size(task: Task) -> int:
+    config = _config(task.model, task.read.trust_remote_code)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def per_token(task: Task) -> int:
     """Bytes of a token's keys and values: 2 x layers x key-value heads x head size x bytes a number."""
     config = _config(task.model, task.read.trust_remote_code)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * BYTES[task.read.dtype])
+    return int(2 * config.num_hidden_layers * heads * head_size(task) * BYTES[task.read.dtype])
 
 
 def per_sequence(task: Task) -> int:

@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from evolve.config import VLLM, Sampling
@@ -39,6 +40,9 @@ def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
         "seed": 0,
     }
     if task.device == "cpu":
+        size, sizes = memory.head_size(task), CPUAttentionBackend.get_supported_head_sizes()
+        if size not in sizes:
+            raise ValueError(f"engine=vllm: on a CPU it runs heads of {sizes}, the model has {size}; take engine=hf")
         # One process: the scheduler has no device to run ahead of. Threads are resources.threads, bound to no core.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,0 +1,99 @@
+"""A language model as scorer: it grades each answer, or compares a prompt's answers with one another.
+
+Graded: an answer's score is the mean of the grades that the judge gives it in `samples` draws [as Self-Rewarding LMs
+(2401.10020) do, whose prompt adds up five points; the texts here are our own]. Pairwise: two answers to a prompt are
+shown in both orders, and an answer's score is the share of its games that it wins, a tie being half a win.
+
+A verdict that can't be read is left out and counted; an answer of which none can be read has no score.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby
+from statistics import fmean
+
+from evolve import strategies, templates
+from evolve.config import Judge as Settings
+from evolve.engines import Engine, Request
+from evolve.scorers import Item, Score
+
+GRADE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+VERDICT = re.compile(r"verdict\W*(a|b|tie)\b", re.IGNORECASE)
+WINS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # of the answer shown first
+
+
+def grade(text: str, highest: float) -> float | None:
+    """The last grade in the judge's text; None if there is none between 0 and `highest`."""
+    found = [float(match[1]) for match in GRADE.finditer(text)]
+    return found[-1] if found and 0 <= found[-1] <= highest else None
+
+
+def verdict(text: str) -> float | None:
+    """The share of the win that goes to the answer shown first, by the last verdict in the judge's text."""
+    found = [match[1].lower() for match in VERDICT.finditer(text)]
+    return WINS[found[-1]] if found else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One question to the judge: on one answer, or on two, the first of them shown first."""
+
+    shown: tuple[int, ...]
+    messages: templates.Messages
+    seed: int
+
+
+class Judge:
+    def __init__(self, settings: Settings, engine: Engine, seed: int):
+        self.settings, self.engine, self.seed = settings, engine, seed
+
+    def __call__(self, items: Sequence[Item], progress: Callable[[int, int], None]) -> list[Score]:
+        """Scores of answers; pairwise, items in a row that have the same prompt are compared with one another."""
+        calls = list(self._graded(items) if self.settings.mode == "graded" else self._pairwise(items))
+        self.engine.submit([Request((number, 0), call.messages, call.seed) for number, call in enumerate(calls)])
+        points: list[list[float]] = [[] for _ in items]
+        counts: list[Counter[str]] = [Counter() for _ in items]
+        done = 0
+        while completions := self.engine.poll():
+            for completion in completions:
+                call = calls[completion.key[0]]
+                first = call.shown[0]
+                counts[first]["judge's tokens"] += completion.tokens
+                counts[first]["verdicts"] += 1
+                if self.settings.mode == "graded":
+                    point = grade(completion.text, self.settings.highest)
+                else:
+                    point = verdict(completion.text)
+                if point is None:
+                    counts[first][
+                        "verdicts too long to ask" if completion.end == "too long" else "verdicts unread"
+                    ] += 1
+                    continue
+                points[first].append(point)
+                if self.settings.mode == "pairwise":
+                    points[call.shown[1]].append(1 - point)
+                    counts[first]["first wins" if point == 1 else "second wins" if point == 0 else "ties"] += 1
+            done += len(completions)
+            progress(done, len(calls))
+        return [Score(fmean(given) if given else None, counts=dict(count)) for given, count in zip(points, counts)]
+
+    def _graded(self, items: Sequence[Item]) -> Iterator[_Call]:
+        for number, item in enumerate(items):
+            text = templates.fill(self.settings.prompt.text, prompt=item.prompt, response=item.answer)
+            for sample in range(self.settings.samples):
+                yield _Call((number,), templates.direct(text), strategies.seed(self.seed, text, sample))
+
+    def _pairwise(self, items: Sequence[Item]) -> Iterator[_Call]:
+        for _, group in groupby(range(len(items)), key=lambda number: items[number].prompt):
+            for one, other in combinations(group, 2):
+                for shown in ((one, other), (other, one)):
+                    first, second = (items[number].answer for number in shown)
+                    text = templates.fill(
+                        self.settings.prompt.text, prompt=items[one].prompt, first=first, second=second
+                    )
+                    for sample in range(self.settings.samples):
+                        yield _Call(shown, templates.direct(text), strategies.seed(self.seed, text, sample))
