@@ -84,7 +84,9 @@ class Data(Section):
     split: str
     eval_path: str | None
     eval_split: str | None
-    verifier: Literal["ledger"] | None
+    verifier: Literal["ledger", "math", "exact"] | None
+    prompt: str = "prompt"
+    gold: str | None = None
     seed: Seed
     eval_prompts: Positive
     sft_pairs: Count
@@ -263,6 +265,9 @@ class RewardModel(Section):
     epochs: Positive
     batch_size: Positive
     micro_batch: Annotated[Positive, RUNTIME]
+    engine: Annotated[Literal["hf", "vllm"], RUNTIME] = "hf"
+    processes: Annotated[Positive, RUNTIME] = 1
+    memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
 
     @model_validator(mode="after")
     def _divides(self) -> RewardModel:
@@ -527,6 +532,13 @@ class Config(Section):
             alone = (self.strategy.name == "tree" and self.strategy.expand == "best") and self.filter.scorer == "judge"
             if alone and self.judge.mode == "pairwise":
                 refuse("strategy.expand=best: scores answers one by one, and judge.mode=pairwise compares them")
+        if self.data.verifier in ("math", "exact") and self.data.gold is None:
+            refuse(
+                f"data.verifier={self.data.verifier}: compares with a reference answer; set data.gold to the "
+                "column that holds it"
+            )
+        if self.data.path == "embedded" and (self.data.gold is not None or self.data.prompt != "prompt"):
+            refuse("data.gold, data.prompt: data.path=embedded has no columns; leave them as they are")
         if self.loss.pt == "rewards" and self.filter.scorer == "none":
             refuse(
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "

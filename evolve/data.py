@@ -1,6 +1,7 @@
 """Data sets: where rows come from, and which split each is in.
 
-A row is {"prompt", "chosen", "rejected"}, texts or lists of messages. Rows with the same prompt count once. Their order
+A row is {"prompt", "chosen", "rejected"}, texts or lists of messages; with a reference answer ("gold"), the pair may be
+missing where none is asked for. Rows with the same prompt count once. Their order
 is by a hash of seed and prompt, so that it doesn't depend on the file's; splits are consecutive stretches of it:
 held-out rows first (unless they have a file or split of their own, whose prompts are then kept out of the rest), then
 pairs for SFT, pairs for offline training, and a stretch of prompts for each iteration; a reward model's pairs are
@@ -17,6 +18,7 @@ from typing import Any
 
 Row = dict[str, Any]
 EMBEDDED_VERSION = 1  # raised when world.py makes other prompts, teacher answers or rewards
+NO_PAIRS = "set data.sft_pairs, data.offline_pairs and data.reward_model_pairs to what the data set has, or 0"
 FILES = (".jsonl", ".jsonl.gz", ".json")
 
 
@@ -43,10 +45,21 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def read(path: str, split: str) -> list[Row]:
+def _gold(value: Any, where: str) -> str:
+    """A reference answer: what stands behind the last ####, if there is one (GSM8K's form), or else all of it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    gold = _text(value, where).rpartition("####")[2].strip()
+    if not gold:
+        raise DataError(f"{where}: an empty reference answer")
+    return gold
+
+
+def read(path: str, split: str, prompt: str = "prompt", gold: str | None = None) -> list[Row]:
     """All rows of a JSONL file (or JSON list) or of a hub data set's split, as texts.
 
-    Raises DataError naming the file and line where something is wrong.
+    `prompt` and `gold` name the columns of prompts and reference answers. A row with a reference answer has a pair or
+    none. Raises DataError naming the file and line where something is wrong.
     """
     if is_file(path):
         raw = _parse(path)
@@ -57,13 +70,16 @@ def read(path: str, split: str) -> list[Row]:
         raw = list(enumerate(load_dataset(name, revision=revision or None, split=split), 1))
     rows = []
     for number, row in raw:
-        missing = (
-            [key for key in ("prompt", "chosen", "rejected") if key not in row] if isinstance(row, dict) else ["keys"]
-        )
+        where = f"{path}, row {number}"
+        pair = ("chosen", "rejected") if gold is None or (isinstance(row, dict) and "chosen" in row) else ()
+        needed = (prompt, *pair) if gold is None else (prompt, gold, *pair)
+        missing = [key for key in needed if key not in row] if isinstance(row, dict) else ["keys"]
         if missing:
             has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{path}, row {number}: no '{missing[0]}'; it has {has}")
-        rows.append({key: _text(row[key], f"{path}, row {number}, {key}") for key in ("prompt", "chosen", "rejected")})
+            raise DataError(f"{where}: no '{missing[0]}'; it has {has}")
+        found = {"prompt": _text(row[prompt], f"{where}, {prompt}")}
+        found |= {key: _text(row[key], f"{where}, {key}") for key in pair}
+        rows.append(found if gold is None else {**found, "gold": _gold(row[gold], f"{where}, {gold}")})
     return rows
 
 
@@ -98,13 +114,13 @@ def ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[lis
     dropped = {"empty": 0, "too many characters": 0, "chosen is rejected": 0, "prompt seen before": 0}
     kept: dict[str, Row] = {}
     # In an order of their own, so that which of two rows with one prompt is kept is not the file's order either.
-    for row in sorted(rows, key=lambda row: (row["prompt"], row["chosen"], row["rejected"])):
+    for row in sorted(rows, key=lambda row: [row.get(key, "") for key in ("prompt", "chosen", "rejected", "gold")]):
         same = _same(row["prompt"])
-        if not row["prompt"].strip() or not row["chosen"].strip() or not row["rejected"].strip():
+        if not all(text.strip() for text in row.values()):
             dropped["empty"] += 1
         elif max_characters is not None and max(map(len, row.values())) > max_characters:
             dropped["too many characters"] += 1
-        elif row["chosen"] == row["rejected"]:
+        elif has_pair(row) and row["chosen"] == row["rejected"]:
             dropped["chosen is rejected"] += 1
         elif same in kept:
             dropped["prompt seen before"] += 1
@@ -112,6 +128,10 @@ def ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[lis
             kept[same] = row
     order = sorted(kept.values(), key=lambda row: hashlib.sha256(f"{seed}\x00{row['prompt']}".encode()).digest())
     return order, {reason: count for reason, count in dropped.items() if count}
+
+
+def has_pair(row: Row) -> bool:
+    return "chosen" in row
 
 
 def _same(prompt: str) -> str:
@@ -132,10 +152,12 @@ def slice_rows(
     split: str,
     eval_split: str | None,
     max_characters: int | None,
+    prompt: str = "prompt",
+    gold: str | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """`count` rows of a pool from `start` on, each with its id, and counts of what was left out of the whole source.
 
-    Raises DataError if the pool has too few rows.
+    Raises DataError if the pool has too few rows, or pairs are asked of rows without.
     """
     dropped: dict[str, int] = {}
     if path == "embedded":
@@ -148,10 +170,11 @@ def slice_rows(
             rows = [{"prompt": prompt} for prompt in world.prompts(start + count, seed, part)]
         rows = rows[start:]
     else:
-        rows, dropped = ordered(read(path, split), seed, max_characters)
+        rows, dropped = ordered(read(path, split, prompt, gold), seed, max_characters)
         own_eval = eval_path is not None or eval_split is not None
         if own_eval:
-            held_out, eval_dropped = ordered(read(eval_path or path, eval_split or split), seed, max_characters)
+            theirs = read(eval_path or path, eval_split or split, prompt, gold)
+            held_out, eval_dropped = ordered(theirs, seed, max_characters)
             if pool == "eval":
                 rows, dropped = held_out, eval_dropped
             else:
@@ -174,4 +197,6 @@ def slice_rows(
                 "data.prompts or iteration.count smaller"
             )
         rows = rows[first : first + count]
+        if pool == "pairs" and not all(map(has_pair, rows)):
+            raise DataError(f"{path}: pairs are asked of rows without 'chosen' and 'rejected'; {NO_PAIRS}")
     return [{"id": row_id(row["prompt"]), **row} for row in rows], dropped

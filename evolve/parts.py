@@ -146,5 +146,8 @@ def _gpus(processes: int, each: int) -> list[dict[str, str]]:
     here = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     here = here if here != [""] else [str(number) for number in range(torch.cuda.device_count())]
     if len(here) < processes * each:
-        raise RuntimeError(f"engine.processes={processes} of {each} GPUs each: there are {len(here)} GPUs here")
+        raise RuntimeError(
+            f"{processes} processes of {each} GPUs each (engine.processes or reward_model.processes): there are "
+            f"{len(here)} GPUs here"
+        )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(here[place * each : (place + 1) * each])} for place in range(processes)]

@@ -71,6 +71,11 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
             "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install 'evolve-harness[deepspeed]', or take "
             "trainer=fsdp"
         )
+    if config.reward_model.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "reward_model.engine=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take "
+            "reward_model.engine=hf"
+        )
     builder = _Builder(config, resolve)
     builder.loop()
     return Member(name, config, tuple(builder.steps))
@@ -152,6 +157,8 @@ class _Builder:
             split=data.split,
             eval_split=data.eval_split if self.eval_apart else None,
             max_characters=data.max_characters,
+            prompt=data.prompt,
+            gold=data.gold,
         )
 
     def scoring_model(self, resolve: sources.Resolver) -> Artefact:
@@ -192,6 +199,9 @@ class _Builder:
             "model": None if scorer == "verifier" else self.read if own else self.read.model_copy(update=NO_TEMPLATE),
             "max_length": self.config.data.max_length,
             "batch_size": 4 * self.config.reward_model.micro_batch,
+            "engine": self.config.reward_model.engine,
+            "processes": self.config.reward_model.processes,
+            "memory_share": self.config.reward_model.memory_share,
         }
 
     def with_scorer(self, scorer: str, inputs: dict[str, Artefact]) -> dict[str, Artefact]:

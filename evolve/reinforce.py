@@ -26,7 +26,7 @@ from evolve import strategies
 from evolve.config import Optimiser, PolicyGradient
 from evolve.engines import Completion, Request
 from evolve.engines.hf import HFEngine
-from evolve.scorers import Scorer
+from evolve.scorers import Item, Scorer
 from evolve.templates import direct
 from evolve.trainer import Diverged, Trained, one_device, with_adapters
 
@@ -41,8 +41,9 @@ KEPT = (
 class Rollouts:
     """Draws and scores a step's answers. TRL calls it with the step's prompts, each `answers` times in a row.
 
-    `encoded` has each prompt's token ids. An answer without a score, or cut off at the token limit (unless
-    `keep_unfinished`), is left out: its tokens have weight 0, and its group's mean and deviation are without it.
+    `encoded` has each prompt's token ids, `gold` its reference answer where there is one. An answer without a score, or
+    cut off at the token limit (unless `keep_unfinished`), is left out: its tokens have weight 0, and its group's mean
+    and deviation are without it.
     Prompts that are None only fill the last step up. `counts` adds up over all steps; `metrics` are the latest step's.
     """
 
@@ -51,12 +52,13 @@ class Rollouts:
         engine: HFEngine,
         scorer: Scorer,
         encoded: Mapping[str, Sequence[int]],
+        gold: Mapping[str, str | None],
         *,
         answers: int,
         seed: int,
         keep_unfinished: bool,
     ):
-        self.engine, self.scorer, self.encoded = engine, scorer, encoded
+        self.engine, self.scorer, self.encoded, self.gold = engine, scorer, encoded, gold
         self.answers, self.seed, self.keep_unfinished = answers, seed, keep_unfinished
         self.counts: Counter[str] = Counter()
         self.metrics: dict[str, float] = {}
@@ -68,8 +70,9 @@ class Rollouts:
         asked = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
         drawn = self._draw(asked)
         usable = [row for row in asked if drawn[row].end == "stop" or self.keep_unfinished]
-        found = self.scorer([(asked[row], drawn[row].text) for row in usable], lambda done, total: None)
-        scores = {row: score.value for row, score in zip(usable, found, strict=True) if score.value is not None}
+        found = self.scorer([Item(asked[row], drawn[row].text, self.gold[asked[row]]) for row in usable])
+        # In the rows' order, as sums over them round by it.
+        scores = {usable[index]: score.value for index, score in sorted(found) if score.value is not None}
         self.scale = len(prompts) / len(scores) if scores else 1.0
         groups: dict[int, set[float]] = {row // self.answers: set() for row in asked}
         for row, score in scores.items():

@@ -1,88 +1,148 @@
-"""Who scores answers: a verifier, or a reward model. A scorer is `(prompts, answers) -> scores, and right or wrong`."""
+"""Who scores answers: a verifier (verifiers.py) or a reward model. A scorer yields each item's score as it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from evolve import templates
+from evolve.stages import ModelSettings
+
+
+class Item(NamedTuple):
+    """What is scored. `gold` is the data set's reference answer, where it has one."""
+
+    prompt: str
+    answer: str
+    gold: str | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score (None: could not be given) and, from a verifier, whether the answer is right."""
+    """A score (None: could not be given) and, from a verifier, whether the answer is right.
+
+    gave_up: the verifier could not finish with the answer, which is then wrong.
+    """
 
     value: float | None
     correct: bool | None = None
+    gave_up: bool = False
 
 
 class Scorer(Protocol):
-    def __call__(self, items: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> list[Score]:
-        """Scores (prompt, answer) pairs."""
+    def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        """(an item's index, its score) for each item, in the order in which they are made."""
 
 
-class Verifier:
-    """A function of prompt and answer that tells right from wrong, and grades what lies between."""
+class _Conversations:
+    """What a reward model reads of items: the whole conversation, scored at its last token.
 
-    def __init__(self, name: str):
-        from evolve import world
+    That is how the authors of published ones call them (`apply_chat_template`, batches of one, `logits[0][0]`) and what
+    vLLM's classification pools. An empty answer is scored as what it is: to leave it out would favour models that
+    fail. A conversation longer than `max_length` has no score.
+    """
 
-        self.grade = {"ledger": world.reward}[name]
+    def __init__(self, path: Path, read: ModelSettings, max_length: int):
+        from transformers import AutoConfig
 
-    def __call__(self, items: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> list[Score]:
-        scores = []
-        for prompt, answer in items:
-            value, correct = self.grade(prompt, answer)
-            scores.append(Score(value, correct))
-        return scores
+        self.tokenizer = templates.load_tokenizer(path, read.chat_template, read.trust_remote_code)
+        self.max_length = max_length
+        labels = AutoConfig.from_pretrained(path, trust_remote_code=read.trust_remote_code).num_labels
+        if labels != 1:
+            raise ValueError(f"{path}: a reward model has one output, this has {labels}")
+
+    def __call__(self, items: Sequence[Item]) -> dict[int, list[int]]:
+        """Token ids by the item's index, shortest first; too long ones are left out."""
+        found = {n: templates.conversation(self.tokenizer, item.prompt, item.answer) for n, item in enumerate(items)}
+        order = sorted(found, key=lambda index: len(found[index]))
+        return {index: found[index] for index in order if len(found[index]) <= self.max_length}
+
+
+def _score(value: float) -> Score:
+    return Score(value if isfinite(value) else None)
 
 
 class RewardModel:
-    """A sequence-classification model of one output, over the chat layout of prompt and answer.
+    """A sequence-classification model of one output, by transformers.
 
-    An empty answer is scored as what it is: to leave it out would favour models that fail. One longer than
-    `max_length` has no score. Answers are batched by length; padding is masked, so a score doesn't depend on its batch
-    (beyond rounding).
+    Answers are batched by length; padding is masked, so a score doesn't depend on its batch (beyond rounding).
     """
 
-    def __init__(self, path: Path, *, chat_template: str | None, trust_remote_code: bool, dtype: str, max_length: int,
-                 batch_size: int, device: str):  # fmt: skip
+    def __init__(self, path: Path, read: ModelSettings, *, max_length: int, batch_size: int, device: str):
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        self.tokenizer = templates.load_tokenizer(path, chat_template, trust_remote_code)
+        self.read = _Conversations(path, read, max_length)
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            path, dtype=getattr(torch, read.dtype), trust_remote_code=read.trust_remote_code
         ).to(device)
-        if self.model.config.num_labels != 1:
-            raise ValueError(f"{path}: a reward model has one output, this has {self.model.config.num_labels}")
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.use_cache = False
         self.model.eval()
-        self.max_length, self.batch_size, self.device = max_length, batch_size, device
+        self.batch_size, self.device = batch_size, device
 
-    def __call__(self, items: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> list[Score]:
+    def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        encoded = self.read(items)
+        yield from ((index, Score(None)) for index in range(len(items)) if index not in encoded)
+        order = list(encoded)
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            values = self._batch([encoded[index] for index in batch])
+            yield from zip(batch, map(_score, values), strict=True)
+
+    def _batch(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         import torch
 
-        encoded = [templates.encode(self.tokenizer, templates.direct(prompt), answer).ids for prompt, answer in items]
-        scores: list[Score] = [Score(None)] * len(items)
-        order = sorted(
-            (index for index, ids in enumerate(encoded) if len(ids) <= self.max_length),
-            key=lambda index: (len(encoded[index]), index),
-        )
+        pad = templates.padding(sequences)
+        self.model.config.get_text_config().pad_token_id = pad
+        input_ids = torch.full((len(sequences), max(map(len, sequences))), pad)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(sequences):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
         with torch.inference_mode():
-            for first in range(0, len(order), self.batch_size):
-                batch = order[first : first + self.batch_size]
-                width = max(len(encoded[index]) for index in batch)
-                input_ids = torch.full((len(batch), width), self.tokenizer.pad_token_id)
-                mask = torch.zeros_like(input_ids)
-                for row, index in enumerate(batch):
-                    input_ids[row, : len(encoded[index])] = torch.tensor(encoded[index])
-                    mask[row, : len(encoded[index])] = 1
-                logits = self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)).logits
-                for index, value in zip(batch, logits[:, 0].float().tolist(), strict=True):
-                    scores[index] = Score(value if isfinite(value) else None)
-                progress(first + len(batch), len(order))
-        return scores
+            logits = self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)).logits
+        found: list[float] = logits[:, 0].float().tolist()
+        return found
+
+
+class VLLMRewardModel:
+    """The same model by vLLM's classification, whose process should have nothing else to do.
+
+    vLLM takes an answer as soon as there is room for it, and reads the prompt that several answers share once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        read: ModelSettings,
+        *,
+        max_length: int,
+        batch_size: int,
+        memory_share: float,
+        device: str,
+    ):
+        from evolve.config import VLLM, Sampling
+        from evolve.engines import Task
+        from evolve.engines.vllm import EngineArgs, LLMEngine, arguments
+
+        self.read = _Conversations(path, read, max_length)
+        greedy = Sampling(temperature=0, top_k=0, top_p=1)
+        task = Task(path, read, greedy, max_new_tokens=0, max_length=max_length, device=device)
+        given = arguments(VLLM(name="vllm", batch_size=batch_size, memory_share=memory_share), task)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**given, runner="pooling", convert="classify"))
+
+    def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        from vllm import PoolingParams, TokensPrompt
+
+        encoded = self.read(items)
+        yield from ((index, Score(None)) for index in range(len(items)) if index not in encoded)
+        for index, ids in encoded.items():
+            logit = PoolingParams(task="classify", use_activation=False)
+            self.engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), logit)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                made: Any = output.outputs
+                yield int(output.request_id), _score(made.data.item())

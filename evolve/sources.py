@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve.config import ConfigError, Data, find
-from evolve.data import EMBEDDED_VERSION, DataError, is_file, ordered, read
+from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, has_pair, is_file, ordered, read
 from evolve.store import Source, digest, hash_file
 
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -113,14 +113,14 @@ class Resolver:
             raise ConfigError(f"data.path={data.path}: no such file")
         if file.stat().st_size > 100 * 2**20:
             return  # reading it would take longer than a plan may; the data stages say the same, early
-        known = ("rows", data.path, data.seed, data.max_characters)
+        known = ("rows", data.path, data.prompt, data.gold, data.seed, data.max_characters)
         try:
             if known not in self._seen:
-                rows, _ = ordered(read(str(file), data.split), data.seed, data.max_characters)
-                self._seen[known] = Source("rows", "", str(len(rows)))
+                rows, _ = ordered(read(str(file), data.split, data.prompt, data.gold), data.seed, data.max_characters)
+                self._seen[known] = Source("rows", "", f"{len(rows)} {sum(map(has_pair, rows))}")
         except (DataError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"data.path={data.path}{str(error).removeprefix(str(file))}") from None
-        have = int(self._seen[known].digest)
+        have, have_pairs = map(int, self._seen[known].digest.split())
         wants = {
             "data.eval_prompts": 0 if data.eval_path else data.eval_prompts,
             "data.sft_pairs": data.sft_pairs if trained else 0,
@@ -128,6 +128,12 @@ class Resolver:
             f"data.prompts x {iterations} iterations": data.prompts * iterations,
             "data.reward_model_pairs": data.reward_model_pairs if reward_model else 0,
         }
+        asked = [name for name, count in wants.items() if count and name.endswith("_pairs")]
+        if asked and have_pairs < have:
+            raise ConfigError(
+                f"data.path={data.path}: {have - have_pairs} of {have} rows have no 'chosen' and 'rejected', and "
+                f"{' and '.join(asked)} ask for such; {NO_PAIRS}"
+            )
         if sum(wants.values()) > have:
             parts = " + ".join(f"{name} {count}" for name, count in wants.items() if count)
             raise ConfigError(

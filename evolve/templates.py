@@ -7,7 +7,7 @@ the tokenizer's chat template decides the layout, there is exactly one BOS, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,6 +106,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str, 
         len(answer_ids) - 1 - answer_ids[::-1].index(end)
     )  # many templates write a newline behind it; a model never does
     return Encoded(prompt + answer_ids[: cut + 1 if finished else cut], len(prompt))
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+    """What a reward model reads: both turns as its chat template lays them out, with all that it writes behind them."""
+    messages = [*direct(prompt), {"role": "assistant", "content": answer}]
+    ids: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    if tokenizer.bos_token_id != tokenizer.eos_token_id or ids[:1] == [tokenizer.bos_token_id]:
+        _check_bos(tokenizer, ids)
+    return ids
+
+
+def padding(sequences: Iterable[Sequence[int]], *preferred: int | None) -> int:
+    """An id that none of the sequences ends with.
+
+    transformers' classifiers read a sequence at its last token that is not `config.pad_token_id`: so at its very last
+    if they are padded with this one, and the config says so.
+    """
+    ends = {ids[-1] for ids in sequences}
+    return next(token for token in (*preferred, *range(len(ends) + 1)) if token is not None and token not in ends)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool) -> str:

@@ -187,6 +187,16 @@ def rows(n: int, seed: int) -> list[dict]:
     return found
 
 
+def _digits(text: str, count: int) -> list[int] | None:
+    words = text.split()
+    return [int(d) for d in words] if len(words) == count and {str(d) for d in range(BASE)}.issuperset(words) else None
+
+
+def balances(response: str) -> list[int] | None:
+    """What a response says; None if it is not BALANCES digits 0..3 apart by white space."""
+    return _digits(response, BALANCES)
+
+
 def reward(prompt: str, response: str) -> tuple[float, bool]:
     """The grade in [0, 1] of a response, and whether it is exact (grade 1.0 if and only if exact).
 
@@ -197,11 +207,9 @@ def reward(prompt: str, response: str) -> tuple[float, bool]:
     # The closing counts only where an unbroken walk led to it. A grade that added the two up paid for writing 0 last
     # whatever the walk said, and DPO found that in one iteration: direct rewards rose, exact answers fell, and the
     # leftover that a second look goes by was gone.
-    moves, balances = prompt.split(), response.split()
-    digits = {str(d) for d in range(BASE)}
-    if len(moves) != MOVES or len(balances) != BALANCES or not digits.issuperset(moves + balances):
+    x, y = _digits(prompt, MOVES), balances(response)
+    if x is None or y is None:
         return 0.0, False
-    x, y = [int(d) for d in moves], [int(d) for d in balances]
     held = sum((y[i] - x[i] - y[i + 1]) % BASE == 0 for i in range(MOVES))
     off = min(y[-1], BASE - y[-1])
     if held < MOVES:

@@ -215,7 +215,7 @@ def rollouts_of(policy, embedded, scorer, prompts=PROMPTS):
     encoded = {text: templates.encode_prompt(tokenizer, templates.direct(text)) for text in prompts}
     task = engines.Task(embedded, READ, SAMPLED, 12, 128, "cpu")
     engine = HFEngine(task, 16, policy)
-    return reinforce.Rollouts(engine, scorer, encoded, answers=4, seed=0, keep_unfinished=False)
+    return reinforce.Rollouts(engine, scorer, encoded, dict.fromkeys(prompts), answers=4, seed=0, keep_unfinished=False)
 
 
 def fit(policy, embedded, scorer, prompts=PROMPTS, *, loss=DAPO, batch=8, rate=1e-3):
@@ -239,18 +239,18 @@ def fit(policy, embedded, scorer, prompts=PROMPTS, *, loss=DAPO, batch=8, rate=1
     return rollouts, trained.steps
 
 
-def zeros(items, progress):
+def zeros(items):
     """A reward that a model of this size can learn: the share of zeros."""
-    return [Score(answer.split().count("0") / 8) for _, answer in items]
+    return [(index, Score(item.answer.split().count("0") / 8)) for index, item in enumerate(items)]
 
 
 def test_prompts_and_answers_are_the_tokens_that_respond_has(policy, embedded, tmp_path):
     """The same ids, one BOS, and the first step's answers are those that `respond` draws of the same model."""
     seen = []
 
-    def scorer(items, progress):
-        seen.extend(items)
-        return zeros(items, progress)
+    def scorer(items):
+        seen.extend((item.prompt, item.answer) for item in items)
+        return zeros(items)
 
     rollouts = rollouts_of(policy, embedded, scorer)
     tokenizer = rollouts.engine.tokenizer
@@ -296,9 +296,8 @@ def test_an_answer_without_a_score_is_as_if_it_were_not_there(policy, embedded):
 
     known = set(PROMPTS[::2])
 
-    def scorer(items, progress):
-        scores = zeros(items, progress)
-        return [score if text in known else Score(None) for (text, _), score in zip(items, scores, strict=True)]
+    def scorer(items):
+        return [(index, score if items[index].prompt in known else Score(None)) for index, score in zeros(items)]
 
     rollouts, steps = fit(policy, embedded, scorer, batch=20, loss=GSPO)
     assert rollouts.counts["left out without a score"] == 40 and rollouts.counts[reinforce.DIFFER] <= 10

@@ -24,6 +24,8 @@ class Config(Section):
     split: str
     eval_split: str | None
     max_characters: int | None
+    prompt: str = "prompt"
+    gold: str | None = None
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
@@ -39,6 +41,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         split=config.split,
         eval_split=config.eval_split,
         max_characters=config.max_characters,
+        prompt=config.prompt,
+        gold=config.gold,
     )
     write_rows(out / "rows.jsonl", rows)
     return Report(dropped=dropped, values={"rows": len(rows)})

@@ -18,7 +18,7 @@ from evolve.stages.score import Config as ScoreConfig
 from evolve.stages.score import load_scorer
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):
@@ -77,6 +77,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         HFEngine(task, config.generation_batch, model),
         load_scorer(config.scorer, inputs.get("reward_model"), context),
         encoded,
+        {row["prompt"]: row.get("gold") for row in rows},
         answers=config.answers,
         seed=config.seed,
         keep_unfinished=config.unfinished == "keep",

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from evolve import parts
 from evolve.config import Engine, Sampling, Section, Strategy, Template
+from evolve.scorers import Item
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.stages.score import Config as ScoreConfig
 from evolve.stages.score import load_scorer
 from evolve.store import Report
 
-VERSION = 2
+VERSION = 3
 
 
 class Config(Section):
@@ -42,12 +43,12 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     ]
     if not kept:
         raise ValueError(f"all {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens}")
-    prompts = [row["prompt"] for row in kept]
-    made = parts.run(answer, (config, inputs, prompts), len(kept), context, **config.engine.shards)
+    items = [Item(row["prompt"], "", row.get("gold")) for row in kept]
+    made = parts.run(answer, (config, inputs, items), len(kept), context, **config.engine.shards)
     write_rows(
         out / "answers.jsonl",
         (
-            {"id": row["id"], "prompt": row["prompt"], "answers": answers}
+            {**{key: row[key] for key in ("id", "prompt", "gold") if key in row}, "answers": answers}
             for row, answers in zip(kept, made, strict=True)
         ),
     )
@@ -71,7 +72,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
 
 
 def answer(
-    argument: tuple[Config, Mapping[str, Path], list[str]],
+    argument: tuple[Config, Mapping[str, Path], list[Item]],
     numbers: Sequence[int],
     emit: parts.Emit,
     context: Context,
@@ -79,14 +80,16 @@ def answer(
     """Emits the answers to the prompts of these numbers."""
     from evolve import engines, strategies, templates
 
-    config, inputs, prompts = argument
+    config, inputs, items = argument
+    chosen = [items[number] for number in numbers]
     score = None
     if config.scorer is not None:
         scorer = load_scorer(config.scorer, inputs.get("reward_model"), context)
+        gold = {item.prompt: item.gold for item in chosen}
 
         def score(prompt: str, answer: str) -> float:
-            value = scorer([(prompt, answer)], lambda done, total: None)[0].value
-            return float("-inf") if value is None else value
+            [(_, given)] = scorer([Item(prompt, answer, gold[prompt])])
+            return float("-inf") if given.value is None else given.value
 
     task = engines.Task(
         model=inputs["model"],
@@ -109,7 +112,7 @@ def answer(
     def layout(prompt: str, earlier: Sequence[str]) -> templates.Messages:
         return templates.asking(config.template, prompt, earlier)
 
-    chosen = [prompts[number] for number in numbers]
-    for place, answers in strategies.run(config.strategy, chosen, config.seed, layout, engine.submit, poll, score):
+    prompts = [item.prompt for item in chosen]
+    for place, answers in strategies.run(config.strategy, prompts, config.seed, layout, engine.submit, poll, score):
         emit(numbers[place], [asdict(answer) for answer in answers])
     engine.close()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from evolve.config import RUNTIME, Section
-from evolve.scorers import RewardModel
+from evolve.scorers import Item, RewardModel
 from evolve.stages import Context, ModelSettings, read_rows
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(Section):
@@ -36,12 +36,15 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     from evolve import templates
     from evolve.trainer import one_device
 
-    tokenizer = templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
+    def load() -> Any:
+        return templates.load_tokenizer(inputs["model"], config.model.chat_template, config.model.trust_remote_code)
+
+    tokenizer = load()
     rows = read_rows(inputs["pairs"] / "rows.jsonl")
     encoded = []
     for row in rows:
         pair = {
-            f"{name}_ids": templates.encode(tokenizer, templates.direct(row["prompt"]), row[name]).ids
+            f"{name}_ids": templates.conversation(tokenizer, row["prompt"], row[name])
             for name in ("chosen", "rejected")
         }
         if max(map(len, pair.values())) <= config.max_length:
@@ -54,7 +57,12 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     model = AutoModelForSequenceClassification.from_pretrained(
         inputs["model"], num_labels=1, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
     )
-    model.config.pad_token_id = tokenizer.pad_token_id
+    # TRL pads with the pad token and tells the model to read at the last other one: it has to be none that ends a pair.
+    pad = templates.padding(
+        (ids for pair in encoded for ids in pair.values()), tokenizer.pad_token_id, *tokenizer.all_special_ids
+    )
+    padding = load()
+    padding.pad_token_id = pad
     micro = min(config.micro_batch, config.batch_size)
 
     class Steps(TrainerCallback):
@@ -82,31 +90,29 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         one_device(arguments)
         trainer = RewardTrainer(
             model=model,
-            processing_class=tokenizer,
+            processing_class=padding,
             train_dataset=Dataset.from_list(encoded),
             callbacks=[Steps()],
             args=arguments,
         )
         trainer.train()
     model.to(getattr(torch, config.checkpoint_dtype)).save_pretrained(out)
+    if pad in tokenizer.all_special_ids:
+        tokenizer.pad_token_id = pad  # so that who pads with it is read where the model was trained
     tokenizer.save_pretrained(out)
 
     # How far it can be believed: the share of held-out pairs that it ranks as the data set does.
     scorer = RewardModel(
         out,
-        chat_template=None,
-        trust_remote_code=config.model.trust_remote_code,
-        dtype=config.model.dtype,
+        config.model.model_copy(update={"chat_template": None}),
         max_length=config.max_length,
         batch_size=4 * config.micro_batch,
         device=context.device,
     )
     held_out = read_rows(inputs["held_out"] / "rows.jsonl")
-    scores = scorer(
-        [(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in held_out], context.progress
-    )
-    pairs = zip(scores[: len(held_out)], scores[len(held_out) :], strict=True)
-    known = [(w.value, l_.value) for w, l_ in pairs if w.value is not None and l_.value is not None]
+    scores = dict(scorer([Item(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in held_out]))
+    pairs = [(scores[n].value, scores[n + len(held_out)].value) for n in range(len(held_out))]
+    known = [(better, worse) for better, worse in pairs if better is not None and worse is not None]
     accuracy = (
         sum((better > worse) + 0.5 * (better == worse) for better, worse in known) / len(known) if known else None
     )
