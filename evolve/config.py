@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 RUNTIME = "runtime"  # metadata of fields that never enter an identity
+HERE = "{here}"  # in the message of a section that stands in several places: where it stands
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -102,14 +103,34 @@ class Strategy(Section):
     answers: Annotated[int, Field(ge=1, le=64)]
     branching: Positive | None
     expand: Literal["best", "every"] | None
+    depth: Positive | None = None
+    chains: Positive = 1
+    stop: Literal["unchanged", "score_drop"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _only_what_counts(cls, values: Any) -> Any:
-        """A setting that only trees have is no part of another strategy, so it can't make that one's answers new."""
+        """A setting that only trees or chains have is no part of another strategy: it can't make its answers new."""
         if isinstance(values, dict) and values.get("name") != "tree":
-            values = {**values, "branching": None, "expand": None}
+            values = {**values, "branching": None, "expand": None, "depth": None}
+        if isinstance(values, dict) and values.get("name") != "chain":
+            values = {**values, "chains": 1, "stop": None}
         return values
+
+    @model_validator(mode="after")
+    def _gives_its_answers(self) -> Strategy:
+        answers, branching = f"{HERE}.answers={self.answers}", self.branching or 1
+        if self.answers % self.chains:
+            fits = ", ".join(str(n) for n in range(1, self.answers + 1) if self.answers % n == 0)
+            raise ValueError(f"{HERE}.chains={self.chains}: doesn't divide {answers}; these do: {fits}")
+        if self.depth is not None:
+            most = sum(branching**level for level in range(self.depth + 1))
+            if most < self.answers:
+                raise ValueError(
+                    f"{HERE}.depth={self.depth}: gives at most {most} answers with {HERE}.branching={branching}, and "
+                    f"{answers}; raise one of the first two"
+                )
+        return self
 
 
 class Sampling(Section):
@@ -132,9 +153,16 @@ class Template(Section):
             if file is None or not file.is_file():
                 raise ValueError(f"template.path={values['path']}: no such file")
             try:
-                values = {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+                text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise ValueError(f"template.path={values['path']}: not a text in UTF-8") from None
+            except OSError as error:
+                raise ValueError(f"template.path={values['path']}: can't be read ({error.strerror})") from None
+            if not text.strip():
+                raise ValueError(
+                    f"template.path={values['path']}: an empty file; write {{prompt}} and {{response}} into it"
+                )
+            values = {**values, "name": file.stem, "text": text}
         return values
 
     @model_validator(mode="after")
@@ -243,7 +271,7 @@ class Loss(Section):
 class Filter(Section):
     name: Annotated[str, RUNTIME]
     scorer: Literal["reward_model", "verifier", "none"]
-    select: Literal["best_worst", "last_first"]
+    select: Literal["best_worst", "last_first", "best_random", "all"]
     margin: Weight
     unfinished: Literal["drop", "keep"]
 
@@ -483,8 +511,13 @@ class Config(Section):
                 "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "
                 "set one above 0"
             )
-        if self.filter.select == "best_worst" and self.filter.scorer == "none":
-            refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
+        if self.filter.select != "last_first" and self.filter.scorer == "none":
+            refuse(f"filter.select={self.filter.select}: needs a scorer; set filter.scorer=reward_model or verifier")
+        if self.strategy.stop is not None:
+            refuse(
+                f"strategy.stop={self.strategy.stop}: answers for training are as many to every prompt; to end chains "
+                "early where they are evaluated, set eval.stop"
+            )
         if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
             refuse(
                 f"strategy.expand=best: filter.name={self.filter.name} gives no scores to find the best node by; "
@@ -555,7 +588,7 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: not set; conf/{key.split('.')[0]}/ should give it"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return message
+        return message.replace(HERE, key)
     return f"{key}={first['input']}: {message[0].lower()}{message[1:]}"
 
 

@@ -272,7 +272,8 @@ class _Builder:
         inputs = {"answers": answers}
         if config.filter.scorer != "none":
             inputs["scores"] = self.score(config.filter.scorer, answers)
-        return self.add("pair", inputs, filter=config.filter)
+        drawn = {"seed": config.seed} if config.filter.select == "best_random" else {}
+        return self.add("pair", inputs, filter=config.filter, **drawn)
 
     def train(self, start: Artefact, reference: Artefact, pairs: Mapping[str, Stage]) -> Stage:
         """Preference training from `start`, with the reference's log-probabilities of what the loss needs."""
