@@ -28,6 +28,8 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Benchmark = Literal["refinement", "test_time"]
+Stop = Literal["unchanged", "score_drop"]
 DirectLoss = Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -105,7 +107,7 @@ class Strategy(Section):
     expand: Literal["best", "every"] | None
     depth: Positive | None = None
     chains: Positive = 1
-    stop: Literal["unchanged", "score_drop"] | None = None
+    stop: Stop | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -411,11 +413,14 @@ class Judge(Section):
 
 
 class Eval(Section):
-    benchmarks: tuple[Literal["refinement"], ...]
+    benchmarks: tuple[Benchmark, ...]
     turns: Annotated[int, Field(ge=1, le=64)]
     temperature: Weight
     seed: Seed
     scorer: Literal["auto", "verifier", "reward_model"]
+    stop: Stop | None = None
+    test_time: Strategy | None = None
+    select: Literal["verifier", "reward_model"] = "reward_model"
 
 
 class Resources(Section):
@@ -467,6 +472,7 @@ class Config(Section):
     @property
     def uses_reward_model(self) -> bool:
         needs = [self.eval_scorer] + ([self.filter.scorer] if self.trained_iterations else [])
+        needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
         return "reward_model" in needs
 
     @property
@@ -490,6 +496,19 @@ class Config(Section):
                 refuse(
                     f"eval.scorer=verifier: data.name={self.data.name} has no verifier; take eval.scorer=reward_model"
                 )
+            if self.eval.select == "verifier" and "test_time" in self.eval.benchmarks:
+                refuse(
+                    f"eval.select=verifier: data.name={self.data.name} has no verifier; take eval.select=reward_model"
+                )
+        if len(set(self.eval.benchmarks)) < len(self.eval.benchmarks):
+            refuse(f"eval.benchmarks={list(self.eval.benchmarks)}: names one twice")
+        if "test_time" in self.eval.benchmarks and self.eval.test_time is None:
+            refuse("eval.test_time=null: the benchmark test_time needs a strategy; take eval=test_time, which sets one")
+        if self.eval.test_time is not None and self.eval.test_time.stop is not None:
+            refuse(
+                f"eval.test_time.stop={self.eval.test_time.stop}: its curves are by the number of answers, so all are "
+                "made; eval.stop is of the benchmark refinement"
+            )
         if self.loss.pt == "rewards" and self.filter.scorer == "none":
             refuse(
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "

@@ -25,12 +25,15 @@ class Scorer(Protocol):
 
 
 class Verifier:
-    """A function of prompt and answer that tells right from wrong, and grades what lies between."""
+    """A function of prompt and answer that tells right from wrong, and grades what lies between.
+
+    extract(answer): what the answer says, the same text for answers that say the same; None if it can't be read.
+    """
 
     def __init__(self, name: str):
         from evolve import world
 
-        self.grade = {"ledger": world.reward}[name]
+        self.grade, self.extract = {"ledger": (world.reward, world.extract)}[name]
 
     def __call__(self, items: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> list[Score]:
         scores = []

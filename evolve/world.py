@@ -209,6 +209,13 @@ def reward(prompt: str, response: str) -> tuple[float, bool]:
     return 1.0 - 0.5 * off / (BASE // 2), off == 0
 
 
+def extract(response: str) -> str | None:
+    """What a response says, in one way of writing it: its balances apart by one space. None if it can't be graded."""
+    balances = response.split()
+    readable = len(balances) == BALANCES and {str(d) for d in range(BASE)}.issuperset(balances)
+    return " ".join(balances) if readable else None
+
+
 def _writer(rng, x, start):  # rng: numpy Generator; x: (B, MOVES)
     """Answers (B, BALANCES) that walk from start (B,), each balance miswritten with probability SLIP."""
     import numpy as np
