@@ -21,12 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 RUNTIME = "runtime"  # metadata of fields that never enter an identity
+HERE = "{here}"  # in the message of a section that stands in several places: where it stands
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Benchmark = Literal["refinement", "test_time"]
+Stop = Literal["unchanged", "score_drop"]
 DirectLoss = Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -104,14 +107,34 @@ class Strategy(Section):
     answers: Annotated[int, Field(ge=1, le=64)]
     branching: Positive | None
     expand: Literal["best", "every"] | None
+    depth: Positive | None = None
+    chains: Positive = 1
+    stop: Stop | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _only_what_counts(cls, values: Any) -> Any:
-        """A setting that only trees have is no part of another strategy, so it can't make that one's answers new."""
+        """A setting that only trees or chains have is no part of another strategy: it can't make its answers new."""
         if isinstance(values, dict) and values.get("name") != "tree":
-            values = {**values, "branching": None, "expand": None}
+            values = {**values, "branching": None, "expand": None, "depth": None}
+        if isinstance(values, dict) and values.get("name") != "chain":
+            values = {**values, "chains": 1, "stop": None}
         return values
+
+    @model_validator(mode="after")
+    def _gives_its_answers(self) -> Strategy:
+        answers, branching = f"{HERE}.answers={self.answers}", self.branching or 1
+        if self.answers % self.chains:
+            fits = ", ".join(str(n) for n in range(1, self.answers + 1) if self.answers % n == 0)
+            raise ValueError(f"{HERE}.chains={self.chains}: doesn't divide {answers}; these do: {fits}")
+        if self.depth is not None:
+            most = sum(branching**level for level in range(self.depth + 1))
+            if most < self.answers:
+                raise ValueError(
+                    f"{HERE}.depth={self.depth}: gives at most {most} answers with {HERE}.branching={branching}, and "
+                    f"{answers}; raise one of the first two"
+                )
+        return self
 
 
 class Sampling(Section):
@@ -127,9 +150,14 @@ def _text_of(section: str, values: Any) -> Any:
         if file is None or not file.is_file():
             raise ValueError(f"{section}.path={values['path']}: no such file")
         try:
-            return {**values, "name": file.stem, "text": file.read_text(encoding="utf-8")}
+            text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{section}.path={values['path']}: not a text in UTF-8") from None
+        except OSError as error:
+            raise ValueError(f"{section}.path={values['path']}: can't be read ({error.strerror})") from None
+        if not text.strip():
+            raise ValueError(f"{section}.path={values['path']}: an empty file")
+        return {**values, "name": file.stem, "text": text}
     return values
 
 
@@ -254,7 +282,7 @@ class Loss(Section):
 class Filter(Section):
     name: Annotated[str, RUNTIME]
     scorer: Literal["reward_model", "verifier", "judge", "none"]
-    select: Literal["best_worst", "last_first"]
+    select: Literal["best_worst", "last_first", "best_random", "all"]
     margin: Weight
     unfinished: Literal["drop", "keep"]
 
@@ -440,11 +468,14 @@ class Judge(Section):
 
 
 class Eval(Section):
-    benchmarks: tuple[Literal["refinement"], ...]
+    benchmarks: tuple[Benchmark, ...]
     turns: Annotated[int, Field(ge=1, le=64)]
     temperature: Weight
     seed: Seed
     scorer: Literal["auto", "verifier", "reward_model", "judge"]
+    stop: Stop | None = None
+    test_time: Strategy | None = None
+    select: Literal["verifier", "reward_model"] = "reward_model"
 
 
 class Resources(Section):
@@ -496,6 +527,7 @@ class Config(Section):
     @property
     def uses_reward_model(self) -> bool:
         needs = [self.eval_scorer] + ([self.filter.scorer] if self.trained_iterations else [])
+        needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
         return "reward_model" in needs
 
     @property
@@ -539,6 +571,19 @@ class Config(Section):
             )
         if self.data.path == "embedded" and (self.data.gold is not None or self.data.prompt != "prompt"):
             refuse("data.gold, data.prompt: data.path=embedded has no columns; leave them as they are")
+            if self.eval.select == "verifier" and "test_time" in self.eval.benchmarks:
+                refuse(
+                    f"eval.select=verifier: data.name={self.data.name} has no verifier; take eval.select=reward_model"
+                )
+        if len(set(self.eval.benchmarks)) < len(self.eval.benchmarks):
+            refuse(f"eval.benchmarks={list(self.eval.benchmarks)}: names one twice")
+        if "test_time" in self.eval.benchmarks and self.eval.test_time is None:
+            refuse("eval.test_time=null: the benchmark test_time needs a strategy; take eval=test_time, which sets one")
+        if self.eval.test_time is not None and self.eval.test_time.stop is not None:
+            refuse(
+                f"eval.test_time.stop={self.eval.test_time.stop}: its curves are by the number of answers, so all are "
+                "made; eval.stop is of the benchmark refinement"
+            )
         if self.loss.pt == "rewards" and self.filter.scorer == "none":
             refuse(
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
@@ -560,8 +605,13 @@ class Config(Section):
                 "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "
                 "set one above 0"
             )
-        if self.filter.select == "best_worst" and self.filter.scorer == "none":
-            refuse("filter.select=best_worst: needs a scorer; set filter.scorer=reward_model or verifier")
+        if self.filter.select != "last_first" and self.filter.scorer == "none":
+            refuse(f"filter.select={self.filter.select}: needs a scorer; set filter.scorer=reward_model or verifier")
+        if self.strategy.stop is not None:
+            refuse(
+                f"strategy.stop={self.strategy.stop}: answers for training are as many to every prompt; to end chains "
+                "early where they are evaluated, set eval.stop"
+            )
         if self.strategy.name == "tree" and self.strategy.expand == "best" and self.filter.scorer == "none":
             refuse(
                 f"strategy.expand=best: filter.name={self.filter.name} gives no scores to find the best node by; "
@@ -633,7 +683,7 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: not set; conf/{key.split('.')[0]}/ should give it"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return message
+        return message.replace(HERE, key)
     return f"{key}={first['input']}: {message[0].lower()}{message[1:]}"
 
 

@@ -2,54 +2,85 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
 
 from evolve.config import Filter
 from evolve.strategies import Answer
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Indices of the chosen and the rejected answer, or why there is none."""
+class Pair(NamedTuple):
+    """Indices of the chosen and the rejected answer."""
 
-    chosen: int = -1
-    rejected: int = -1
-    dropped: str | None = None
+    chosen: int
+    rejected: int
 
 
-def pair(filter: Filter, answers: Sequence[Answer], scores: Sequence[float | None] | None) -> Pair:
-    """One prompt's pair.
+def pairs(
+    filter: Filter,
+    answers: Sequence[Answer],
+    scores: Sequence[float | None] | None,
+    draw: str = "",
+) -> tuple[list[Pair], str | None, Counter[str]]:
+    """One prompt's pairs; if there is none, why; and counts of what else was left out, by reason.
 
     best_worst: the answers of highest and lowest score [reconstructed: argmax, argmin]; the earlier of equals, so that
-    a tie does not favour refinements. last_first: the last refinement over the direct answer [reconstructed].
+    a tie does not favour refinements. best_random: the highest against any other, which `draw` (the seed and the
+    prompt, say) decides. all: every two whose scores differ. last_first: the last refinement over the direct answer
+    [reconstructed]. Scores that differ by no more than the margin make no pair.
 
     What cannot stand in a pair is left out first: empty answers, answers cut off at the token limit (unless
-    `unfinished` keeps them), answers without a score.
+    `unfinished` keeps them) and, where scores count, answers without one and those that repeat an earlier one's text.
     """
-    usable = [
-        index
-        for index, answer in enumerate(answers)
-        if answer.text.strip() and (answer.end == "stop" or filter.unfinished == "keep")
-    ]
+    usable: list[int] = []
+    out: Counter[str] = Counter()
+    for index, answer in enumerate(answers):
+        if not answer.text.strip():
+            out["answers empty"] += 1
+        elif answer.end != "stop" and filter.unfinished == "drop":
+            out["answers unfinished"] += 1
+        else:
+            usable.append(index)
     if filter.select == "last_first":
         if 0 not in usable:
-            return Pair(dropped="direct answer empty or unfinished")
+            return [], "direct answer empty or unfinished", out
         refined = [index for index in usable if answers[index].turn > 1]
         if not refined:
-            return Pair(dropped="no usable refinement")
-        chosen, rejected = refined[-1], 0
+            return [], "no usable refinement", out
+        if answers[refined[-1]].text == answers[0].text:
+            return [], "identical answers", out
+        return [Pair(refined[-1], 0)], None, out
+
+    assert scores is not None, f"{filter.select} needs scores"
+    scored: dict[int, float] = {}
+    texts: set[str] = set()
+    for index in usable:
+        score, text = scores[index], answers[index].text
+        if score is None:
+            out["answers unscored"] += 1
+        elif text in texts:
+            out["answers that repeat an earlier one"] += 1
+        else:
+            scored[index] = score
+            texts.add(text)
+    if len(scored) < 2:
+        return [], "fewer than two usable answers", out
+    best = max(scored, key=scored.__getitem__)  # the earlier of equals, as the worst
+    if filter.select == "all":
+        tried = [(a, b) if scored[a] >= scored[b] else (b, a) for a, b in combinations(scored, 2)]
+    elif filter.select == "best_random":
+        others = [index for index in scored if index != best]
+        number = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big")
+        tried = [(best, others[number % len(others)])]
     else:
-        assert scores is not None, "best_worst needs scores"
-        scored = {index: score for index in usable if (score := scores[index]) is not None}
-        if len(scored) < 2:
-            return Pair(dropped="fewer than two usable answers")
-        chosen = max(scored, key=lambda index: scored[index])
-        rejected = min(scored, key=lambda index: scored[index])
-        if scored[chosen] == scored[rejected]:
-            return Pair(dropped="tie")
-        if scored[chosen] - scored[rejected] <= filter.margin:
-            return Pair(dropped="within the margin")
-    if answers[chosen].text == answers[rejected].text:
-        return Pair(dropped="identical answers")
-    return Pair(chosen, rejected)
+        tried = [(best, min(scored, key=scored.__getitem__))]
+    gaps = {Pair(*pair): scored[pair[0]] - scored[pair[1]] for pair in tried}
+    found = [pair for pair, gap in gaps.items() if gap > filter.margin]
+    if filter.select == "all":
+        out["pairs within the margin"] = len(gaps) - len(found)
+    if found:
+        return found, None, out
+    return [], "tie" if not any(gaps.values()) else "within the margin", out

@@ -214,10 +214,19 @@ def report(planned: Planned) -> None:
 
 
 def objective(planned: Planned, number: int) -> float | None:
-    """A member's last refined reward: what a search over settings maximises. None before it is known."""
-    evaluations = list(planned.graph.members[number].evaluations.values())
+    """A member's last refined reward, or what its first benchmark has instead: what a search over settings maximises.
+
+    None before it is known.
+    """
+    from evals import BENCHMARKS
+
+    member = planned.graph.members[number]
+    benchmark = next(iter(member.config.eval.benchmarks), None)
+    evaluations = [stage for (_, name), stage in member.evaluations.items() if name == benchmark]
     record: Mapping[str, Any] | None = planned.store.record(evaluations[-1]) if evaluations else None
-    return None if record is None else record["values"]["refined"]
+    if record is None or benchmark is None:
+        return None
+    return next(record["values"][name] for name in BENCHMARKS[benchmark].OBJECTIVE if name in record["values"])
 
 
 def code() -> dict[str, Any]:

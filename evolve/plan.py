@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from evals import BENCHMARKS
 from evolve import sources
 from evolve.config import Config, ConfigError, Sampling, Strategy
 from evolve.stages import ModelSettings, stage
@@ -38,9 +39,10 @@ class Member:
     steps: tuple[Step, ...]
 
     @property
-    def evaluations(self) -> dict[str, Stage]:
-        """The last evaluation of each phase, in order."""
-        return {step.phase: step.stage for step in self.steps if step.stage.kind == "evaluate"}
+    def evaluations(self) -> dict[tuple[str, str], Stage]:
+        """By phase and benchmark, in order."""
+        found = [step for step in self.steps if step.stage.kind == "evaluate"]
+        return {(step.phase, step.stage.identity["config"]["benchmark"]): step.stage for step in found}
 
 
 @dataclass
@@ -212,18 +214,21 @@ class _Builder:
     def score(self, scorer: str, answers: Stage) -> Stage:
         return self.add("score", self.with_scorer(scorer, {"answers": answers}), **self.scoring(scorer))
 
-    def respond(self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int) -> Stage:
-        config, looks = self.config, strategy.expand == "best"
+    def respond(
+        self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int, scorer: str
+    ) -> Stage:
+        """`scorer` is for a strategy that looks at scores on the way."""
+        config, looks = self.config, strategy.expand == "best" or strategy.stop == "score_drop"
         inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
         return self.add(
             "respond",
-            self.with_scorer(config.filter.scorer, inputs) if looks else inputs,
+            self.with_scorer(scorer, inputs) if looks else inputs,
             model=self.read,
             engine=config.engine,
             strategy=strategy,
             template=config.template if strategy.name != "parallel" else None,
             sampling=sampling,
-            scorer=self.scoring(config.filter.scorer) if looks else None,
+            scorer=self.scoring(scorer) if looks else None,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=config.data.max_response_tokens,
             max_length=config.data.max_length,
@@ -233,18 +238,31 @@ class _Builder:
     def evaluate(self, model: Artefact) -> None:
         """Each benchmark: held-out prompts are answered and scored by the stages that the loop uses."""
         config = self.config
-        turns = Strategy(name="chain", answers=config.eval.turns, branching=None, expand=None)
         sampling = Sampling(temperature=config.eval.temperature, top_k=0, top_p=1.0)
-        scorer = config.eval_scorer
-        judge = config.data.verifier if scorer == "verifier" else config.reward_model.path or "trained reward model"
-        protocol = (
-            f"chain of {config.eval.turns} turns, template {config.template.name}, "
-            f"temperature {config.eval.temperature:g}, scored by {judge}"
-        )
-        for benchmark in config.eval.benchmarks:
-            answers = self.respond(model, self.held_out, turns, sampling, config.eval.seed)
-            scores = self.score(scorer, answers)
-            self.add("evaluate", {"answers": answers, "scores": scores}, benchmark=benchmark, protocol=protocol)
+        for name in config.eval.benchmarks:
+            needs = BENCHMARKS[name].needs(config)
+            looks = needs.scorers["select" if "select" in needs.scorers else "scores"]
+            answers = self.respond(model, self.held_out, needs.strategy, sampling, config.eval.seed, looks)
+            scores = {use: self.score(scorer, answers) for use, scorer in needs.scorers.items()}
+            refines = needs.strategy.name != "parallel"
+            protocol = [
+                needs.protocol,
+                *([f"template {config.template.name}"] if refines else []),
+                f"temperature {config.eval.temperature:g}",
+                *(f"{VERBS[use]} by {self.judge(scorer)}" for use, scorer in needs.scorers.items()),
+            ]
+            self.add(
+                "evaluate",
+                {"answers": answers, **scores},
+                benchmark=name,
+                protocol=", ".join(protocol),
+                **needs.settings,
+            )
+
+    def judge(self, scorer: str) -> str:
+        """A scorer's name, to quote numbers with."""
+        config = self.config
+        return str(config.data.verifier) if scorer == "verifier" else config.reward_model.path or "trained reward model"
 
     def fitting(self) -> dict[str, Any]:
         """What activation and preference training have in common."""
@@ -278,11 +296,14 @@ class _Builder:
     def own_pairs(self, policy: Artefact, turn: int) -> Stage:
         """One iteration's pairs, from the policy's own answers to fresh prompts."""
         config = self.config
-        answers = self.respond(policy, self.prompts(turn), config.strategy, config.sampling, config.seed)
+        answers = self.respond(
+            policy, self.prompts(turn), config.strategy, config.sampling, config.seed, config.filter.scorer
+        )
         inputs = {"answers": answers}
         if config.filter.scorer != "none":
             inputs["scores"] = self.score(config.filter.scorer, answers)
-        return self.add("pair", inputs, filter=config.filter)
+        drawn = {"seed": config.seed} if config.filter.select == "best_random" else {}
+        return self.add("pair", inputs, filter=config.filter, **drawn)
 
     def train(self, start: Artefact, reference: Artefact, pairs: Mapping[str, Stage]) -> Stage:
         """Preference training from `start`, with the reference's log-probabilities of what the loss needs."""
@@ -341,6 +362,7 @@ class _Builder:
 
 
 NO_TEMPLATE = {"chat_template": None}
+VERBS = {"scores": "scored", "select": "selected"}  # what an evaluation takes a scorer's scores for
 
 
 @dataclass(frozen=True)
@@ -423,7 +445,11 @@ def describe(member: Member) -> dict[str, Any]:
     return {
         "name": member.name,
         "config": member.config.model_dump(mode="json"),
-        "steps": [{"phase": step.phase, "kind": step.stage.kind, "id": step.stage.id} for step in member.steps],
+        "steps": [
+            {"phase": step.phase, "kind": step.stage.kind, "id": step.stage.id}
+            | ({"benchmark": step.stage.identity["config"]["benchmark"]} if step.stage.kind == "evaluate" else {})
+            for step in member.steps
+        ],
     }
 
 

@@ -1,9 +1,9 @@
-"""Who scores answers: a verifier (verifiers.py) or a reward model. A scorer yields each item's score as it is made."""
+"""Who scores answers: a verifier (verifiers.py), a judge (judge.py) or a reward model. A scorer yields each item's score as it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,12 +24,12 @@ class Item(NamedTuple):
 class Score:
     """A score (None: could not be given) and, from a verifier, whether the answer is right.
 
-    gave_up: the verifier could not finish with the answer, which is then wrong.
+    counts: what happened on the way and how often, to be added up over all answers.
     """
 
     value: float | None
     correct: bool | None = None
-    gave_up: bool = False
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Scorer(Protocol):

@@ -198,17 +198,14 @@ class Show:
         else:
             self._line(f"{self.done:4d}/{len(self.new)}  {self._labels[stage.id]}  {outcome.seconds:.1f} s")
         if stage.kind == "evaluate":
-            self._line(f"result  {self._labels[stage.id].replace(' evaluate', '')}: {self._result(stage)}", "bold")
+            self._result(stage)
 
-    def _result(self, stage: Stage) -> str:
+    def _result(self, stage: Stage) -> None:
         import json
 
+        from evals import BENCHMARKS
+
         metrics = json.loads((self.planned.store.folder(stage.id) / "metrics.json").read_text())
-        first, last = metrics["turns"][0], metrics["turns"][-1]
-        text = f"reward direct {first['reward']['value']:.3f}, refined {last['reward']['value']:.3f}"
-        if first["accuracy"]:
-            text += f"; accuracy direct {first['accuracy']['value']:.1%}, refined {last['accuracy']['value']:.1%}"
-        gain = metrics["gain"]["reward"]
-        if gain["low"] is not None:
-            text += f"; gain {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-        return text
+        name = metrics["benchmark"]
+        label = self._labels[stage.id].replace(" evaluate", "" if name == "refinement" else f" {name}")
+        self._line(f"result  {label}: {BENCHMARKS[name].summary(metrics)}", "bold")

@@ -4,7 +4,8 @@ A strategy is a generator for one prompt: it yields the asks that can be made no
 It knows nothing of engines or batches; `run` feeds any number of strategies from one engine, and a prompt's next turn
 starts as soon as the engine has its last one, whatever the others do.
 
-Every strategy makes the same number of answers, so that comparisons spend equal budgets.
+Every strategy makes the same number of answers, so that comparisons spend equal budgets; a rule that ends a chain early
+is for evaluation alone, which then counts what was spent.
 """
 
 from __future__ import annotations
@@ -51,10 +52,31 @@ def parallel(strategy: Strategy, score: Scorer) -> Script:
 
 
 def chain(strategy: Strategy, score: Scorer) -> Script:
-    """y_1 ~ pi(.|x); y_{k+1} ~ pi(.|x, y_k, z). [paper: each turn sees the prompt and the turn before]"""
-    yield [Ask()]
-    for last in range(strategy.answers - 1):
-        yield [Ask((last,))]
+    """y_1 ~ pi(.|x); y_{k+1} ~ pi(.|x, y_k, z). [paper: each turn sees the prompt and the turn before]
+
+    Several chains go side by side, so that their answers are in order of their turns. One that `stop` ends makes no
+    more answers.
+    """
+
+    def ends(first: int, answers: list[Answer]) -> list[tuple[int, str, float]]:
+        value = score if strategy.stop == "score_drop" else lambda _: 0.0
+        return [(index, answer.text, value(answer)) for index, answer in enumerate(answers, start=first)]
+
+    live = ends(0, (yield [Ask() for _ in range(strategy.chains)]))
+    made = len(live)
+    for _ in range(strategy.answers // strategy.chains - 1):
+        later = ends(made, (yield [Ask((index,)) for index, _, _ in live]))
+        made += len(later)
+        live = [new for old, new in zip(live, later, strict=True) if not stops(strategy.stop, old[1:], new[1:])]
+        if not live:
+            return
+
+
+def stops(rule: str | None, before: tuple[str, float], after: tuple[str, float]) -> bool:
+    """Whether a chain ends with `after`, which refines `before`: each a text and its score."""
+    if rule == "unchanged":
+        return after[0] == before[0]
+    return rule == "score_drop" and after[1] < before[1]
 
 
 def few_shot(strategy: Strategy, score: Scorer) -> Script:
@@ -68,7 +90,8 @@ def tree(strategy: Strategy, score: Scorer) -> Script:
     """Several refinements of a node; the best node so far, or each in turn, is refined next. [reconstructed]
 
     A node is expanded once, so with branching b and expand=best: the direct answer, b refinements of it, then b of the
-    best of the answers not yet refined, until `answers` are made.
+    best of the answers not yet refined, until `answers` are made. None is more than `depth` refinements from the
+    direct answer.
     """
     answers = yield [Ask()]
     made: list[Answer] = list(answers)
@@ -80,8 +103,11 @@ def tree(strategy: Strategy, score: Scorer) -> Script:
         waiting.remove(node)
         width = min(branching, strategy.answers - len(made))
         answers = yield [Ask((node,)) for _ in range(width)]
-        waiting += range(len(made), len(made) + width)
+        first = len(made)
         made += answers
+        waiting += [
+            new for new in range(first, len(made)) if strategy.depth is None or made[new].turn <= strategy.depth
+        ]
         scores += [score(answer) for answer in answers] if strategy.expand == "best" else [0.0] * width
 
 
@@ -170,4 +196,4 @@ def run(
 
 
 def _unscored(answer: Answer) -> float:
-    raise ValueError("strategy.expand=best looks at scores on the way, and no scorer was given")
+    raise ValueError("the strategy looks at scores on the way, and no scorer was given")

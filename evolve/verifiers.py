@@ -23,6 +23,7 @@ from evolve.scorers import Item, Score
 
 SECONDS = 5  # of CPU time for one answer: much more than any that is right needs, and the same on a busy machine
 BYTES = 4 * 2**30  # of address space
+GAVE_UP = "wrong because the verifier gave up"
 
 
 class Verifier:
@@ -106,7 +107,7 @@ class Math(Verifier):
     def grade(self, item: Item) -> Score:
         reply = self._ask("grade", _gold(item), item.answer)
         right = reply is not None and bool(reply["value"])
-        return Score(float(right), right, gave_up=reply is None)
+        return Score(float(right), right, {GAVE_UP: 1} if reply is None else {})
 
     def extract(self, answer: str) -> str | None:
         """The value as SymPy writes it simplified: 0.5, 1/2 and \\frac{2}{4} are the same, 0.33 is not 1/3."""

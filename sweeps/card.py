@@ -14,6 +14,7 @@ from typing import Any
 
 from yaml import YAMLError
 
+from evals import BENCHMARKS
 from evolve.config import ROOT
 from evolve.store import Corrupt, Store, flatten
 from sweeps import collect, tables
@@ -54,7 +55,7 @@ class Evaluation:
     split: str
 
     def estimates(self) -> Iterator[tuple[str, str, Record]]:
-        """(reward or accuracy; direct, refined or gain; its value, interval and n)."""
+        """(reward or accuracy; direct, refined, gain or what the benchmark has; its value, interval and n)."""
         measurement = collect.Measurement("", self.record["id"], dict(self.metrics), dict(self.record))
         for metric in tables.METRICS:
             for kind, estimate in tables.answers(measurement, metric).items():
@@ -251,12 +252,15 @@ Its data is the embedded world, a synthetic task: it shows that the harness work
 
 def _evaluation(one: Evaluation) -> str:
     lines = ["| answers | metric | value | 95 % interval | n |", "|---|---|---|---|---|"]
+    kinds = {kind for _, kind, _ in one.estimates()}
     for metric, kind, found in one.estimates():
         interval = "-" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
         lines.append(f"| {kind} | {tables.METRICS[metric]} | {found['value']:.3f} | {interval} | {found['n']} |")
+    explain = BENCHMARKS[one.metrics["benchmark"]].EXPLAIN
+    explained = "; ".join(f"{kind} is {what}" for kind, what in explain.items() if kind in kinds)
     return "\n".join(lines) + (
         f"\n\nBenchmark {one.metrics['benchmark']}: {one.metrics['protocol']}; prompts of {one.data}, {one.split}. "
-        "Intervals are over prompts, not over training seeds; gain is refined - direct, paired. Left out: "
+        f"Intervals are over prompts, not over training seeds; {explained}. Left out: "
         f"{_counts(one.record['dropped']) or 'nothing'}. Record `{one.record['id']}`.\n"
     )
 

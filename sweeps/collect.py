@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals import BENCHMARKS
 from evolve.store import Corrupt, Store
 
 
@@ -19,10 +20,19 @@ class Measurement:
     metrics: dict[str, Any]
     record: dict[str, Any]
 
+    @property
+    def benchmark(self) -> str:
+        return str(self.metrics["benchmark"])
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """What is said of the model: {direct, refined, gain, or what the benchmark has: {metric: estimate}}."""
+        return dict(BENCHMARKS[self.benchmark].headline(self.metrics))
+
 
 @dataclass(frozen=True)
 class MemberResult:
-    """A member and what has been measured of it so far; `missing` names the phases that have not been.
+    """A member and what has been measured of it so far; `missing` names the (phase, benchmark) that have not been.
 
     `generated` has the tokens that were drawn for training up to each phase's end, those for evaluation apart.
     """
@@ -31,8 +41,12 @@ class MemberResult:
     config: dict[str, Any]
     steps: list[dict[str, str]]
     measurements: list[Measurement]
-    missing: list[str]
+    missing: list[tuple[str, str]]
     generated: dict[str, int]
+
+    def of(self, benchmark: str) -> list[Measurement]:
+        """One benchmark's measurements, by phase."""
+        return [measurement for measurement in self.measurements if measurement.benchmark == benchmark]
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,11 @@ class Sweep:
     folder: Path
     store: Store
     members: list[MemberResult]
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Every benchmark that has been measured."""
+        return list(dict.fromkeys(m.benchmark for member in self.members for m in member.measurements))
 
     @property
     def phases(self) -> list[str]:
@@ -72,7 +91,7 @@ def load(folder: Path) -> Sweep:
             if measurement := known[step["id"]]:
                 found.append(Measurement(step["phase"], measurement.id, measurement.metrics, measurement.record))
             else:
-                missing.append(step["phase"])
+                missing.append((step["phase"], step.get("benchmark", "refinement")))
         generated = _generated(store, member["steps"])
         members.append(MemberResult(member["name"], member["config"], member["steps"], found, missing, generated))
     return Sweep(folder, store, members)

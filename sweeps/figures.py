@@ -1,4 +1,4 @@
-"""Figures of a sweep as PNG: reward over iterations, and reward over a chain's turns."""
+"""Figures of a sweep as PNG: reward over iterations, over a chain's turns, and by answers used at test time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from evolve.store import digest, hash_file
 from sweeps.collect import Sweep
+from sweeps.tables import METRICS
 
 # Okabe and Ito's colours: apart for the colour-blind too; markers tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,9 +37,10 @@ def over_iterations(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     for number, (member, colour, marker) in enumerate(zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False)):
         shift = (number - (width - 1) / 2) * min(0.06, 0.5 / width)  # so that intervals don't hide one another
         for turn, style in ((-1, "-"), (0, "--")):
-            found = [(m.phase, m.metrics["turns"][turn][metric]) for m in member.measurements]
+            measured = member.of("refinement")
+            found = [(m.phase, m.metrics["turns"][turn][metric]) for m in measured]
             found = [(phase, estimate) for phase, estimate in found if estimate]
-            if not found or (turn == 0 and len(member.measurements[0].metrics["turns"]) == 1):
+            if not found or (turn == 0 and len(measured[0].metrics["turns"]) == 1):
                 continue
             drawn = True
             ax.errorbar(
@@ -57,7 +59,7 @@ def over_iterations(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         plt.close(fig)
         return None
     ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
-    ax.set_ylabel({"reward": "mean reward", "accuracy": "accuracy"}[metric])
+    ax.set_ylabel(METRICS[metric])
     ax.set_title("after each stage: refined answers solid, direct answers dashed; bars: 95 % intervals", fontsize=9)
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -66,8 +68,8 @@ def over_iterations(sweep: Sweep, metric: str, plt: Any) -> Any | None:
 
 def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     """The refinement curve (Figure 1's axes) of every phase, a panel for each member."""
-    members = [member for member in sweep.members if member.measurements]
-    if not members or len(members[0].measurements[0].metrics["turns"]) < 2:
+    members = [member for member in sweep.members if member.of("refinement")]
+    if not members or len(members[0].of("refinement")[0].metrics["turns"]) < 2:
         return None
     columns = min(3, len(members))
     rows = -(-len(members) // columns)
@@ -83,7 +85,7 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     handles: dict[str, Any] = {}
     for ax, member in zip(axes.flat, members, strict=False):
         for phase, colour, marker in zip(sweep.phases, cycle(COLOURS), cycle(MARKERS), strict=False):
-            for measurement in member.measurements:
+            for measurement in member.of("refinement"):
                 if measurement.phase != phase:
                     continue
                 turns = [turn for turn in measurement.metrics["turns"] if turn[metric]]
@@ -108,7 +110,7 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         plt.close(fig)
         return None
     fig.supxlabel("turn (1: direct answer)", fontsize=9)
-    fig.supylabel({"reward": "mean reward", "accuracy": "accuracy"}[metric], fontsize=9)
+    fig.supylabel(METRICS[metric], fontsize=9)
     fig.legend(
         list(handles.values()),
         [_short(phase) for phase in handles],
@@ -116,6 +118,57 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         fontsize=8,
         frameon=False,
     )
+    return fig
+
+
+def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
+    """Test-time scaling: a column for each way to use n answers; above by their number, below by tokens generated.
+
+    A colour for each member; its last model solid, its first dashed.
+    """
+    lines = []  # member's number, colour, marker, style, sizes
+    for member, colour, marker in zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False):
+        measured = [m.metrics["sizes"] for m in member.of("test_time")]
+        measured = [sizes for sizes in measured if sizes[0]["worth"]["single"][metric]]
+        for sizes, style in zip([measured[-1:], measured[:-1][:1]], "-:", strict=True):
+            lines += [(member.name, colour, marker, style, some) for some in sizes]
+    kinds = list(dict.fromkeys(kind for *_, sizes in lines for kind in sizes[0]["worth"]))
+    if not any(len(sizes) > 1 for *_, sizes in lines):
+        return None
+    fig, axes = plt.subplots(
+        2, len(kinds), figsize=(2.9 * len(kinds) + 1.4, 5.6), sharex="row", sharey=True, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for column, kind in enumerate(kinds):
+        for name, colour, marker, style, sizes in lines:
+            if kind not in sizes[0]["worth"]:
+                continue
+            estimates = [size["worth"][kind][metric] for size in sizes]
+            places = ([size["answers"] for size in sizes], [size["tokens"]["value"] for size in sizes])
+            for row, xs in enumerate(places):
+                drawn = axes[row, column].errorbar(
+                    xs,
+                    [estimate["value"] for estimate in estimates],
+                    yerr=_errors(estimates),
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    linestyle=style,
+                    linewidth=1.5 if style == "-" else 1.0,
+                    elinewidth=0.7,
+                )
+                if style == "-":
+                    handles[name] = drawn
+        axes[0, column].set_title(kind, fontsize=9)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for row, what in enumerate(("answers used", "tokens generated for a prompt")):
+        axes[row, 0].set_ylabel(METRICS[metric], fontsize=9)
+        for ax in axes[row]:
+            ax.set_xlabel(what, fontsize=8)
+    fig.suptitle("after the last stage solid, before training dotted; bars: 95 % intervals over prompts", fontsize=9)
+    fig.legend(list(handles.values()), list(handles), loc="outside lower center", fontsize=8, frameon=False)
     return fig
 
 
@@ -135,7 +188,7 @@ def write(sweep: Sweep) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    for name, draw in (("iterations", over_iterations), ("turns", over_turns)):
+    for name, draw in (("iterations", over_iterations), ("turns", over_turns), ("test_time", over_answers)):
         for metric in ("reward", "accuracy"):
             figure = draw(sweep, metric, plt)
             if figure is not None:

@@ -16,16 +16,14 @@ def show(folder: Path) -> None:
     if not any(member.measurements for member in sweep.members):
         console.print("nothing has been measured yet, so there is no table")
         return
-    for metric in tables.METRICS:
-        if table := tables.rich_table(sweep, metric):
-            console.print(table)
-    tables.write(sweep)
-    written = figures.write(sweep)
+    for table in tables.shown(sweep):
+        console.print(tables.rich_table(table))
+    written = tables.write(sweep) + figures.write(sweep)
     missing = sum(len(member.missing) for member in sweep.members)
     if missing:
         console.print(f"missing {missing} measurements: the sweep's command, given again, makes them", style="yellow")
     console.print(f"folder  {sweep.folder}", soft_wrap=True)
-    console.print(f"        {', '.join(['table.md', 'table.csv', *(path.name for path in written)])}", soft_wrap=True)
+    console.print(f"        {', '.join(path.name for path in written)}", soft_wrap=True)
 
 
 def main() -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from evolve.store import digest
-from sweeps import collect
+from sweeps import collect, tables
 from sweeps.collect import Measurement, MemberResult, Sweep
 
 TRAINING = ("activate", "train", "reinforce")
@@ -74,13 +75,17 @@ def log(sweep: Sweep) -> tuple[int, str]:
         for kind in TRAINING:
             run.define_metric(f"{kind}/*", step_metric="optimiser_step")
         order = {phase: number for number, phase in enumerate(sweep.phases)}
+        told = {m.phase for m in member.measurements if m not in fresh}  # by another benchmark's numbers
         for measurement in fresh:
-            for row in _steps(sweep, member, measurement.phase):
+            for row in _steps(sweep, member, measurement.phase) if measurement.phase not in told else ():
                 run.log(row)
+            told.add(measurement.phase)
             tokens = {"generated": member.generated[measurement.phase]} if measurement.phase in member.generated else {}
             timing = _timing(sweep, member, measurement.phase)
-            run.log({"phase": order[measurement.phase], **_scalars(measurement.metrics), **tokens, **timing})
-        run.log({"by turn": _table(wandb, member), "phase": order[fresh[-1].phase]})
+            run.log({"phase": order[measurement.phase], **_scalars(measurement), **tokens, **timing})
+        for benchmark, name in (("refinement", "by turn"), ("test_time", "by answers")):
+            if measured := member.of(benchmark):
+                run.log({name: _table(wandb, measured), "phase": order[fresh[-1].phase]})
         run.finish()
         _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
     return len(waiting), how
@@ -112,33 +117,38 @@ def _timing(sweep: Sweep, member: MemberResult, phase: str) -> dict[str, float]:
     return found
 
 
-def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+def _scalars(measurement: Measurement) -> dict[str, float]:
     found: dict[str, float] = {}
-    turns = metrics["turns"]
-    for name in ("reward", "accuracy"):
-        for kind, estimate in (
-            ("direct", turns[0][name]),
-            ("refined", turns[-1][name]),
-            ("gain", metrics["gain"][name]),
-        ):
-            if estimate is not None:
-                found |= {f"{name}/{kind}": estimate["value"]}
+    prefix = "" if measurement.benchmark == "refinement" else f"{measurement.benchmark}/"
+    for kind, worth in measurement.headline.items():
+        for name in tables.METRICS:
+            if (estimate := worth[name]) is not None:
+                key = f"{prefix}{name}/{kind}"
+                found[key] = estimate["value"]
                 if estimate["low"] is not None:
-                    found |= {f"{name}/{kind}_low": estimate["low"], f"{name}/{kind}_high": estimate["high"]}
+                    found |= {f"{key}_low": estimate["low"], f"{key}_high": estimate["high"]}
     return found
 
 
-def _table(wandb: Any, member: MemberResult) -> Any:
-    table = wandb.Table(columns=["phase", "turn", "metric", "value", "low", "high", "n", "protocol", "record"])
-    for measurement in member.measurements:
-        for turn in measurement.metrics["turns"]:
-            for name in ("reward", "accuracy"):
-                if estimate := turn[name]:
+def _table(wandb: Any, measured: list[Measurement]) -> Any:
+    """One benchmark's numbers by turn, or by answers used, with the tokens they cost."""
+    by = ["turn"] if measured[0].benchmark == "refinement" else ["kind", "answers", "tokens"]
+    table = wandb.Table(columns=["phase", *by, "metric", "value", "low", "high", "n", "protocol", "record"])
+    for made in measured:
+        for place, worth in _points(made.metrics):
+            for name in tables.METRICS:
+                if estimate := worth[name]:
                     numbers = [estimate[key] for key in ("value", "low", "high", "n")]
-                    table.add_data(
-                        measurement.phase, turn["turn"], name, *numbers, measurement.metrics["protocol"], measurement.id
-                    )
+                    table.add_data(made.phase, *place, name, *numbers, made.metrics["protocol"], made.id)
     return table
+
+
+def _points(metrics: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    for turn in metrics.get("turns", ()):
+        yield [turn["turn"]], turn
+    for size in metrics.get("sizes", ()):
+        for kind, worth in size["worth"].items():
+            yield [kind, size["answers"], size["tokens"]["value"]], worth
 
 
 def main() -> int:

@@ -224,6 +224,12 @@ REFUSED = {
     "data=ultrafeedback filter=verifier": ["filter.scorer=verifier", "filter=reward_model or filter=rule"],
     "data=ultrafeedback eval.scorer=verifier": ["eval.scorer=verifier", "eval.scorer=reward_model"],
     "filter=rule strategy=tree": ["strategy.expand=best", "strategy.expand=every"],
+    "strategy=tree strategy.answers=8 strategy.depth=2": ["strategy.depth=2", "at most 7", "strategy.branching=2"],
+    "strategy=tree strategy.depth=0": ["strategy.depth=0", "greater than or equal to 1"],
+    "strategy.answers=6 strategy.chains=4": ["strategy.chains=4", "strategy.answers=6", "these do: 1, 2, 3, 6"],
+    "strategy.stop=unchanged": ["strategy.stop=unchanged", "set eval.stop"],
+    "filter=best_random filter.scorer=none": ["filter.select=best_random: needs a scorer"],
+    "filter=all_pairs filter.scorer=none": ["filter.select=all: needs a scorer"],
     "filter=rule strategy=parallel": ["filter.name=rule", "strategy.name=parallel"],
     "filter=rule filter.select=best_worst": ["filter.select=best_worst", "needs a scorer"],
     "strategy.answers=1": ["strategy.answers=1", "at least 2"],
@@ -329,6 +335,8 @@ def test_every_other_setting_changes_an_id() -> None:
         "reward_model.path",
         "reward_model.revision",
         "strategy.name",
+        "strategy.chains",  # of chains alone
+        "strategy.stop",  # of evaluation alone
         "engine.name",
         "judge.name",
         "eval.benchmarks",
@@ -345,6 +353,7 @@ def test_every_other_setting_changes_an_id() -> None:
         "data.split": "other",
         "data.max_characters": 100,
         "strategy.expand": "every",
+        "strategy.depth": 3,
         "template.text": "{prompt} {response}",
         "template.separator": "|",
         "engine.max_length": 200,
@@ -586,6 +595,21 @@ def test_rewards_of_a_reward_model_need_one() -> None:
 def test_tree_settings_belong_to_trees() -> None:
     assert ids(load("strategy.branching=3", "strategy.expand=every")) == ids(load())
     assert ids(load("strategy=tree", "strategy.branching=3")) != ids(load("strategy=tree"))
+
+
+def test_chains_belong_to_the_chain() -> None:
+    assert ids(load("strategy.chains=2")) != ids(load())
+    assert ids(load("strategy=parallel", "strategy.chains=2")) == ids(load("strategy=parallel"))
+    assert ids(load("strategy.depth=3")) == ids(load())
+
+
+def test_a_seed_belongs_to_the_filter_that_draws() -> None:
+    def pair(*overrides: str) -> list[dict[str, Any]]:
+        return [stage.identity["config"] for stage in stages(load("debug=fast", *overrides), "pair")]
+
+    assert pair("filter=best_random") != pair("filter=best_random", "seed=1")
+    assert pair("filter=all_pairs") == pair("filter=all_pairs", "seed=1")
+    assert pair() == pair("seed=1")
 
 
 def test_content_counts_not_its_path(tmp_path: Path) -> None:

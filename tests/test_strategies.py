@@ -12,13 +12,21 @@ from evolve.config import Strategy
 from evolve.engines import Completion
 
 NAMES = tuple(strategies.STRATEGIES)
-settings = st.builds(
-    Strategy,
-    name=st.sampled_from(NAMES),
-    answers=st.integers(1, 12),
-    branching=st.integers(1, 5),
-    expand=st.sampled_from(["best", "every"]),
-)
+
+
+@st.composite
+def settings(draw):
+    branching, depth = draw(st.integers(1, 5)), draw(st.none() | st.integers(1, 4))
+    most = 12 if depth is None else min(12, sum(branching**level for level in range(depth + 1)))
+    answers = draw(st.integers(1, most))
+    return Strategy(
+        name=draw(st.sampled_from(NAMES)),
+        answers=answers,
+        branching=branching,
+        expand=draw(st.sampled_from(["best", "every"])),
+        depth=depth,
+        chains=draw(st.sampled_from([n for n in range(1, answers + 1) if answers % n == 0])),
+    )
 
 
 def layout(prompt, earlier):
@@ -57,12 +65,12 @@ def answers_of(strategy, prompts=("p",), base=0, chaos=0):
     return dict(found), engine
 
 
-def made(name, answers, branching=None, expand=None):
-    strategy = Strategy(name=name, answers=answers, branching=branching, expand=expand)
+def made(name, answers, branching=None, expand=None, **others):
+    strategy = Strategy(name=name, answers=answers, branching=branching, expand=expand, **others)
     return answers_of(strategy)[0][0]
 
 
-@given(settings, st.integers(0, 2**32))
+@given(settings(), st.integers(0, 2**32))
 def test_every_strategy_makes_exactly_its_answers(strategy, chaos):
     prompts = ["p", "q", "r"]
     found, engine = answers_of(strategy, prompts, chaos=chaos)
@@ -79,7 +87,7 @@ def test_every_strategy_makes_exactly_its_answers(strategy, chaos):
             assert answer.turn == 1 + max((answers[earlier].turn for earlier in answer.given), default=0)
 
 
-@given(settings, st.lists(st.text(max_size=5), min_size=1, max_size=6), st.integers(0, 2**32))
+@given(settings(), st.lists(st.text(max_size=5), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_neither_order_nor_company_changes_an_answer(strategy, prompts, chaos):
     together, _ = answers_of(strategy, prompts, chaos=chaos)
     for index, prompt in enumerate(prompts):
@@ -87,7 +95,7 @@ def test_neither_order_nor_company_changes_an_answer(strategy, prompts, chaos):
         assert together[index] == alone[0]
 
 
-@given(settings, settings, st.integers(0, 9), st.text(max_size=8))
+@given(settings(), settings(), st.integers(0, 9), st.text(max_size=8))
 def test_seeds_are_of_base_prompt_and_answer(one, other, base, prompt):
     def seeds(strategy, prompts):
         _, engine = answers_of(strategy, prompts, base)
@@ -112,6 +120,75 @@ def test_parallel_sees_nothing(answers):
 def test_chain_sees_just_the_one_before(answers):
     expected = [((), 1), *(((number,), number + 2) for number in range(answers - 1))]
     assert [(answer.given, answer.turn) for answer in made("chain", answers)] == expected
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_chains_are_independent_and_in_order_of_turns(chains, turns):
+    found = made("chain", chains * turns, chains=chains)
+    for number, answer in enumerate(found):
+        turn = number // chains
+        assert (answer.turn, answer.given) == (turn + 1, (number - chains,) if turn else ())
+    assert len({answer.text for answer in found}) == len(found)
+
+
+class Edits(Echo):
+    """Direct answers as given; a refinement is what the earlier answer is edited into."""
+
+    def __init__(self, direct, edits):
+        super().__init__()
+        self.direct, self.edits = direct, edits
+
+    def poll(self):
+        shown = {request.key: request.messages[1:] for request in self.waiting}
+        return [
+            Completion(
+                done.key, self.edits[shown[done.key][0]] if shown[done.key] else self.direct[done.key[1]], 1, "stop"
+            )
+            for done in super().poll()
+        ]
+
+
+def edited(direct, edits, turns, score=None, stop=None):
+    engine = Edits(direct, edits)
+    chains = len(direct)
+    strategy = Strategy(name="chain", answers=turns * chains, branching=None, expand=None, chains=chains, stop=stop)
+    ((_, found),) = strategies.run(strategy, ["p"], 0, layout, engine.submit, engine.poll, score)
+    assert len(engine.seen) == len(found)  # what is not made is not asked for
+    return found
+
+
+def test_an_unchanged_answer_ends_its_chain():
+    edits = {"a": "b", "b": "b"}
+    assert [answer.text for answer in edited("a", edits, 5)] == ["a", "b", "b", "b", "b"]
+    assert [answer.text for answer in edited("a", edits, 5, stop="unchanged")] == ["a", "b", "b"]
+
+
+def test_a_drop_of_the_score_ends_its_chain():
+    edits = {"1": "1.", "1.": "3", "3": "2", "2": "9"}
+    found = edited("1", edits, 5, lambda prompt, text: float(text), "score_drop")
+    assert [answer.text for answer in found] == ["1", "1.", "3", "2"]
+    with pytest.raises(ValueError, match="no scorer was given"):
+        edited("1", edits, 5, stop="score_drop")
+
+
+def test_chains_end_one_by_one():
+    edits = {"a": "a", "b": "c", "c": "d", "d": "e", "f": "g", "g": "g"}
+    found = edited("abf", edits, 4, stop="unchanged")
+    assert [(answer.text, answer.given) for answer in found] == [
+        ("a", ()), ("b", ()), ("f", ()), ("a", (0,)), ("c", (1,)), ("g", (2,)), ("d", (4,)), ("g", (5,)), ("e", (6,))
+    ]  # fmt: skip
+
+
+@given(settings(), st.sampled_from(["unchanged", "score_drop"]))
+def test_a_chain_that_ends_early_is_the_head_of_one_that_does_not(strategy, stop):
+    strategy = Strategy(**{**dict(strategy), "name": "chain"})
+    stopped, _ = answers_of(Strategy(**{**dict(strategy), "stop": stop}))
+    whole, _ = answers_of(strategy)
+    if strategy.chains == 1:
+        assert stopped[0] == whole[0][: len(stopped[0])]
+        for before, after in zip(stopped[0], stopped[0][1:-1], strict=False):
+            assert stop == "unchanged" or by_text("p", after.text) >= by_text("p", before.text)
+    assert {answer.turn for answer in stopped[0]} <= {answer.turn for answer in whole[0]}
 
 
 @pytest.mark.parametrize("answers", [1, 2, 5])
@@ -142,6 +219,17 @@ def test_tree_takes_the_earlier_of_equals(answers, branching):
     strategy = Strategy(name="tree", answers=answers, branching=branching, expand="best")
     ((_, tree),) = strategies.run(strategy, ["p"], 0, layout, engine.submit, engine.poll, lambda prompt, answer: 1.0)
     assert tree == made("tree", answers, branching, "every")
+
+
+@given(settings())
+def test_no_answer_is_deeper_than_the_tree(strategy):
+    tree = Strategy(**{**dict(strategy), "name": "tree"})
+    for answer in answers_of(tree)[0][0]:
+        assert tree.depth is None or answer.turn - 1 <= tree.depth
+
+
+def test_a_tree_of_one_level_refines_the_direct_answer_alone():
+    assert [answer.given for answer in made("tree", 4, 3, "best", depth=1)] == [(), (0,), (0,), (0,)]
 
 
 def test_best_without_a_scorer_is_refused():

@@ -164,3 +164,25 @@ def test_a_file_replaces_the_text(composed, tmp_path):
     assert (loaded.name, loaded.text) == ("mine", "{response} {prompt}")
     with pytest.raises(ConfigError, match="no such file"):
         load(composed, path=str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "an empty file"),
+        (b" \n\t", "an empty file"),
+        (b"{prompt} {response} \xff\xfe", "not a text in UTF-8"),
+        (b"\x7fELF\x00\x01", "holds {prompt} 0 times"),
+        (b"{prompt}", "holds {response} 0 times"),
+        (b"{response}", "holds {prompt} 0 times"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_is_no_template_is_one_line(composed, tmp_path, content, line):
+    file = tmp_path / "mine.txt"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load(composed, path=str(file))
+    assert str(error.value).startswith(f"template.path={file}: ")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)

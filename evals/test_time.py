@@ -1,0 +1,125 @@
+"""Test-time scaling: what more answers to a held-out prompt are worth, by how many are used and the tokens they cost.
+
+Of the first n answers of a strategy (parallel: n draws; a chain: n turns; several chains: whole turns of all of them):
+
+    single    the mean of them: what one answer is worth
+    latest    of chains: the mean of those of the newest turn, which a plain chain would hand out
+    best      the one that a scorer likes best. Where a verifier selects it is called oracle: the accuracy is pass@n
+    majority  the one whose extracted answer is the most frequent (self-consistency, Wang et al. 2022)
+
+The earlier of equals is taken throughout. Prompts are the same at every n, so a curve is over one sample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from evals import statistics
+from evals.needs import Needs
+from evolve.config import Config, Strategy
+
+OBJECTIVE = ("best", "oracle")
+EXPLAIN = {
+    "single": "mean of all answers",
+    "latest": "mean of the newest turn's answers",
+    "best": "the answer that the selecting scorer likes best",
+    "oracle": "the best by the verifier, so that its accuracy is pass@n",
+    "majority": "the answer most often given",
+}
+
+
+def needs(config: Config) -> Needs:
+    strategy = config.eval.test_time
+    assert strategy is not None, "config.py refuses the benchmark without"
+    shape = f"{strategy.chains} chains of {strategy.answers // strategy.chains} turns"
+    return Needs(
+        strategy,
+        shape if strategy.chains > 1 else f"{strategy.answers} answers ({strategy.name})",
+        {"scores": config.eval_scorer, "select": config.eval.select},
+        {"strategy": strategy, "verifier": config.data.verifier},
+    )
+
+
+def majority(extracted: Sequence[str | None]) -> int:
+    """Which answer gives the most frequent text, the earlier of equals; the first of all where none can be read."""
+    votes = Counter(text for text in extracted if text is not None)
+    return extracted.index(max(votes, key=votes.__getitem__)) if votes else 0
+
+
+def measure(
+    answers: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    select: Sequence[Mapping[str, Any]],
+    protocol: str,
+    strategy: Strategy,
+    extract: Callable[[str], str | None] | None = None,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Metrics by the number of answers used, and counts of what could not be scored.
+
+    Args:
+        answers: rows of answers.jsonl (id, answers), made by `strategy`.
+        scores: rows of scores.jsonl (id, scores, correct), in the same order: what answers are worth.
+        select: the same of the scorer that selects.
+        protocol: scorers, template, temperature ...: what a number must be quoted with.
+        extract: what an answer says, or None; without it there is no vote.
+
+    Raises:
+        ValueError: no prompt has all its answers scored by both.
+    """
+    rows = list(zip(answers, scores, select, strict=True))
+    whole = [row for row in rows if None not in row[1]["scores"] and None not in row[2]["scores"]]
+    dropped = {"prompts with an answer that has no score": len(rows) - len(whole)}
+    oracle = any(None not in chosen["correct"] for _, _, chosen in whole)
+    said = {made["id"]: [extract(one["text"]) for one in made["answers"]] for made, _, _ in whole if extract}
+    sizes = []
+    for size in range(strategy.chains, strategy.answers + 1, strategy.chains):
+        picks: dict[str, dict[str, Sequence[int]]] = {}
+        for made, _, chosen in whole:
+            best = max(range(size), key=chosen["scores"].__getitem__)
+            picked: dict[str, Sequence[int]] = {"single": range(size)}
+            if strategy.name in ("chain", "few_shot"):
+                picked["latest"] = range(size - strategy.chains, size)
+            picked["oracle" if oracle else "best"] = [best]
+            if extract:
+                picked["majority"] = [majority(said[made["id"]][:size])]
+            for kind, which in picked.items():
+                picks.setdefault(kind, {})[made["id"]] = which
+        tokens = {made["id"]: [float(sum(one["tokens"] for one in made["answers"][:size]))] for made, _, _ in whole}
+        worth = {kind: _worth(which, whole) for kind, which in picks.items()}
+        sizes.append({"answers": size, "tokens": asdict(statistics.mean(tokens)), "worth": worth})
+    return {"benchmark": "test_time", "protocol": protocol, "sizes": sizes}, dropped
+
+
+def _worth(picks: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str, Any], ...]]) -> dict[str, Any]:
+    """Reward, and accuracy where a verifier judges, of the answers picked for each prompt."""
+    reward, correct = {}, {}
+    for made, scored, chosen in rows:
+        which = picks[made["id"]]
+        reward[made["id"]] = [scored["scores"][index] for index in which]
+        right = [
+            scored["correct"][index] if scored["correct"][index] is not None else chosen["correct"][index]
+            for index in which
+        ]
+        if None not in right:
+            correct[made["id"]] = [float(one) for one in right]
+    alone = all(len(which) == 1 for which in picks.values())
+    accuracy = (statistics.share if alone else statistics.mean)(correct) if correct else None
+    return {"reward": asdict(statistics.mean(reward)), "accuracy": asdict(accuracy) if accuracy else None}
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Each way to use them, of all the answers."""
+    return dict(metrics["sizes"][-1]["worth"])
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    size, found = metrics["sizes"][-1], headline(metrics)
+    lines = [
+        f"{metric} " + ", ".join(f"{kind} {worth[metric]['value']:.3f}" for kind, worth in found.items())
+        for metric in ("reward", "accuracy")
+        if found["single"][metric]
+    ]
+    return f"{size['answers']} answers, {size['tokens']['value']:.0f} tokens a prompt: {'; '.join(lines)}"
