@@ -459,6 +459,11 @@ class Judge(Section):
             raise ValueError("judge.highest=null: judge.mode=graded needs the highest grade that the prompt names")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"judge.samples={self.samples}: all would be the same at judge.temperature=0; set 1")
+        if self.model is not None and self.engine.name == "openai" and self.engine.url:
+            raise ValueError(
+                f"judge.model={self.model}: a server that runs has a model of its own; set judge.model=null, or "
+                "judge.engine.serve in place of judge.engine.url"
+            )
         if self.model is None and not (self.engine.name == "openai" and self.engine.url):
             raise ValueError(
                 "judge.model=null: only a server that runs has a model of its own (engine@judge.engine=openai "
@@ -561,9 +566,15 @@ class Config(Section):
                     "eval.scorer=judge: judge.model=policy would measure each model by itself; "
                     "set judge.model to one and the same model"
                 )
-            alone = (self.strategy.name == "tree" and self.strategy.expand == "best") and self.filter.scorer == "judge"
-            if alone and self.judge.mode == "pairwise":
-                refuse("strategy.expand=best: scores answers one by one, and judge.mode=pairwise compares them")
+            looks = (self.strategy.expand == "best" and self.filter.scorer == "judge") or (
+                self.eval.stop == "score_drop" and self.eval.scorer == "judge"
+            )
+            if looks and self.judge.mode == "pairwise":
+                refuse("judge.mode=pairwise: compares answers, and strategy.expand or eval.stop scores them one by one")
+            if looks and self.judge.engine.name == "vllm":
+                refuse(
+                    "judge.engine.name=vllm: strategy.expand or eval.stop needs the judge beside the policy; take hf"
+                )
         if self.data.verifier in ("math", "exact") and self.data.gold is None:
             refuse(
                 f"data.verifier={self.data.verifier}: compares with a reference answer; set data.gold to the "

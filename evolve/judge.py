@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from statistics import fmean
 
 from evolve import strategies, templates
 from evolve.config import Judge as Settings
-from evolve.engines import Engine, Request
+from evolve.engines import Completion, Engine, Request
 from evolve.scorers import Item, Score
 
 GRADE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -51,35 +51,37 @@ class Judge:
     def __init__(self, settings: Settings, engine: Engine, seed: int):
         self.settings, self.engine, self.seed = settings, engine, seed
 
-    def __call__(self, items: Sequence[Item], progress: Callable[[int, int], None]) -> list[Score]:
-        """Scores of answers; pairwise, items in a row that have the same prompt are compared with one another."""
+    def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
+        """Pairwise, items in a row that have the same prompt are compared with one another."""
         calls = list(self._graded(items) if self.settings.mode == "graded" else self._pairwise(items))
         self.engine.submit([Request((number, 0), call.messages, call.seed) for number, call in enumerate(calls)])
+        left = Counter(index for call in calls for index in call.shown)
         points: list[list[float]] = [[] for _ in items]
         counts: list[Counter[str]] = [Counter() for _ in items]
-        done = 0
+        yield from ((index, Score(None)) for index in range(len(items)) if not left[index])  # it has no rival
         while completions := self.engine.poll():
             for completion in completions:
                 call = calls[completion.key[0]]
-                first = call.shown[0]
-                counts[first]["judge's tokens"] += completion.tokens
-                counts[first]["verdicts"] += 1
-                if self.settings.mode == "graded":
-                    point = grade(completion.text, self.settings.highest)
-                else:
-                    point = verdict(completion.text)
-                if point is None:
-                    counts[first][
-                        "verdicts too long to ask" if completion.end == "too long" else "verdicts unread"
-                    ] += 1
-                    continue
-                points[first].append(point)
-                if self.settings.mode == "pairwise":
-                    points[call.shown[1]].append(1 - point)
-                    counts[first]["first wins" if point == 1 else "second wins" if point == 0 else "ties"] += 1
-            done += len(completions)
-            progress(done, len(calls))
-        return [Score(fmean(given) if given else None, counts=dict(count)) for given, count in zip(points, counts)]
+                self._count(call, completion, points, counts[call.shown[0]])
+                for index in call.shown:
+                    left[index] -= 1
+                    if not left[index]:
+                        yield index, Score(fmean(points[index]) if points[index] else None, counts=counts[index])
+
+    def _count(self, call: _Call, completion: Completion, points: list[list[float]], counts: Counter[str]) -> None:
+        counts["judge's tokens"] += completion.tokens
+        counts["verdicts"] += 1
+        if self.settings.mode == "graded":
+            point = grade(completion.text, self.settings.highest or 0)
+        else:
+            point = verdict(completion.text)
+        if point is None:
+            counts["verdicts unread" if completion.end != "too long" else "not asked: too long for the judge"] += 1
+            return
+        points[call.shown[0]].append(point)
+        if self.settings.mode == "pairwise":
+            points[call.shown[1]].append(1 - point)
+            counts["ties" if point == 0.5 else f"wins of the answer shown {'first' if point else 'second'}"] += 1
 
     def _graded(self, items: Sequence[Item]) -> Iterator[_Call]:
         for number, item in enumerate(items):

@@ -90,7 +90,7 @@ class _Builder:
     """One member's graph: `loop` is the method, the rest says what each kind of stage takes from the configuration."""
 
     def __init__(self, config: Config, resolve: sources.Resolver):
-        self.config, self.steps = config, list[Step]()
+        self.config, self.resolve, self.steps = config, resolve, list[Step]()
         self.phase = "setup"
         self.base = resolve.model(config.model.path, config.model.revision, "model.path")
         self.read = ModelSettings(
@@ -106,7 +106,7 @@ class _Builder:
         self.embedded = config.data.path == "embedded"  # whose pools are disjoint already
         self.pairs_used = config.data.sft_pairs + config.data.offline_pairs
         self.held_out = self.rows("eval", 0, config.data.eval_prompts)
-        self.reward_model = self.scoring_model(resolve) if config.uses_reward_model else None
+        self.reward_model = self.scoring_model() if config.uses_reward_model else None
 
     def loop(self) -> None:
         """base -> SFT -> offline (of pairs alone) -> iterations, with an evaluation after each."""
@@ -163,11 +163,11 @@ class _Builder:
             gold=data.gold,
         )
 
-    def scoring_model(self, resolve: sources.Resolver) -> Artefact:
+    def scoring_model(self) -> Artefact:
         """The reward model: the one that is named, or one trained on the data set's last pairs."""
         config, data = self.config, self.config.data
         if config.reward_model.path is not None:
-            return resolve.model(config.reward_model.path, config.reward_model.revision, "reward_model.path")
+            return self.resolve.model(config.reward_model.path, config.reward_model.revision, "reward_model.path")
         held_out = self.held_out
         if self.embedded:  # its held-out rows are prompts without answers
             held_out = self.rows("pairs", self.pairs_used + data.reward_model_pairs, data.eval_prompts)
@@ -193,26 +193,37 @@ class _Builder:
 
     def scoring(self, scorer: str) -> dict[str, Any]:
         """A scorer's settings: of the stage `score`, and of a strategy that looks at scores on the way."""
-        own = self.config.reward_model.path is None
+        config = self.config
+        judge = config.judge if scorer == "judge" and config.judge.mode != "none" else None
+        own = judge.model == "policy" if judge else config.reward_model.path is None
         return {
             "scorer": scorer,
-            "verifier": self.config.data.verifier if scorer == "verifier" else None,
-            # A reward model from outside brings its own chat template; one trained here has the policy's.
+            "verifier": config.data.verifier if scorer == "verifier" else None,
+            # A model from outside brings its own chat template; one trained here has the policy's.
             "model": None if scorer == "verifier" else self.read if own else self.read.model_copy(update=NO_TEMPLATE),
-            "max_length": self.config.data.max_length,
-            "batch_size": 4 * self.config.reward_model.micro_batch,
-            "engine": self.config.reward_model.engine,
-            "processes": self.config.reward_model.processes,
-            "memory_share": self.config.reward_model.memory_share,
+            "max_length": judge.max_length if judge else config.data.max_length,
+            "batch_size": 4 * config.reward_model.micro_batch,
+            "engine": config.reward_model.engine,
+            "processes": config.reward_model.processes,
+            "memory_share": config.reward_model.memory_share,
+            **({"judge": judge, "seed": config.seed} if judge else {}),
         }
 
-    def with_scorer(self, scorer: str, inputs: dict[str, Artefact]) -> dict[str, Artefact]:
-        return (
-            {**inputs, "reward_model": self.reward_model} if scorer == "reward_model" and self.reward_model else inputs
-        )
+    def with_scorer(self, scorer: str, inputs: dict[str, Artefact], policy: Artefact) -> dict[str, Artefact]:
+        """The inputs and the model that scores, if one does."""
+        judge = self.config.judge
+        if scorer == "reward_model" and self.reward_model:
+            return {**inputs, "reward_model": self.reward_model}
+        if scorer == "judge" and judge.mode != "none" and judge.model is not None:
+            named = judge.model != "policy"
+            return {
+                **inputs,
+                "judge": self.resolve.model(judge.model, judge.revision, "judge.model") if named else policy,
+            }
+        return inputs
 
-    def score(self, scorer: str, answers: Stage) -> Stage:
-        return self.add("score", self.with_scorer(scorer, {"answers": answers}), **self.scoring(scorer))
+    def score(self, scorer: str, answers: Stage, policy: Artefact) -> Stage:
+        return self.add("score", self.with_scorer(scorer, {"answers": answers}, policy), **self.scoring(scorer))
 
     def respond(
         self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int, scorer: str
@@ -222,7 +233,7 @@ class _Builder:
         inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
         return self.add(
             "respond",
-            self.with_scorer(scorer, inputs) if looks else inputs,
+            self.with_scorer(scorer, inputs, model) if looks else inputs,
             model=self.read,
             engine=config.engine,
             strategy=strategy,
@@ -243,7 +254,7 @@ class _Builder:
             needs = BENCHMARKS[name].needs(config)
             looks = needs.scorers["select" if "select" in needs.scorers else "scores"]
             answers = self.respond(model, self.held_out, needs.strategy, sampling, config.eval.seed, looks)
-            scores = {use: self.score(scorer, answers) for use, scorer in needs.scorers.items()}
+            scores = {use: self.score(scorer, answers, model) for use, scorer in needs.scorers.items()}
             refines = needs.strategy.name != "parallel"
             protocol = [
                 needs.protocol,
@@ -262,6 +273,9 @@ class _Builder:
     def judge(self, scorer: str) -> str:
         """A scorer's name, to quote numbers with."""
         config = self.config
+        if scorer == "judge" and config.judge.mode != "none":
+            engine = config.judge.engine
+            return f"judge {config.judge.model or (engine.name == 'openai' and engine.model) or config.judge.name}"
         return str(config.data.verifier) if scorer == "verifier" else config.reward_model.path or "trained reward model"
 
     def fitting(self) -> dict[str, Any]:
@@ -301,7 +315,7 @@ class _Builder:
         )
         inputs = {"answers": answers}
         if config.filter.scorer != "none":
-            inputs["scores"] = self.score(config.filter.scorer, answers)
+            inputs["scores"] = self.score(config.filter.scorer, answers, policy)
         drawn = {"seed": config.seed} if config.filter.select == "best_random" else {}
         return self.add("pair", inputs, filter=config.filter, **drawn)
 
@@ -343,7 +357,7 @@ class _Builder:
             inputs["reference"] = reference
         return self.add(
             "reinforce",
-            self.with_scorer(config.filter.scorer, inputs),
+            self.with_scorer(config.filter.scorer, inputs, start),
             model=self.read,
             checkpoint_dtype=config.model.checkpoint_dtype,
             loss=loss,

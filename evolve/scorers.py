@@ -1,4 +1,7 @@
-"""Who scores answers: a verifier (verifiers.py), a judge (judge.py) or a reward model. A scorer yields each item's score as it is made."""
+"""Who scores answers: a reward model here, a verifier (verifiers.py) or a judge (judge.py).
+
+A scorer yields each item's score as it is made.
+"""
 
 from __future__ import annotations
 

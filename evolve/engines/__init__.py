@@ -47,15 +47,21 @@ class Completion(NamedTuple):
 class Task:
     """What any engine has to know: the model and how to read it, how to draw answers, how long they may be.
 
-    `max_length` is in tokens of prompt and answer together.
+    `max_length` is in tokens of prompt and answer together. `model` is None where a server that runs has its own.
     """
 
-    model: Path
+    model: Path | None
     read: ModelSettings
     sampling: Sampling
     max_new_tokens: int
     max_length: int
     device: str
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder, for an engine that has to have one."""
+        assert self.model is not None, "only a server that runs has a model of its own"
+        return self.model
 
 
 class Engine(Protocol):
@@ -94,11 +100,11 @@ class Codec:
         from transformers import AutoConfig, GenerationConfig
 
         self.task = task
-        self.tokenizer = templates.load_tokenizer(task.model, task.read.chat_template, task.read.trust_remote_code)
-        config: Any = AutoConfig.from_pretrained(task.model, trust_remote_code=task.read.trust_remote_code)
+        self.tokenizer = templates.load_tokenizer(task.folder, task.read.chat_template, task.read.trust_remote_code)
+        config: Any = AutoConfig.from_pretrained(task.folder, trust_remote_code=task.read.trust_remote_code)
         habits: Any = (
-            GenerationConfig.from_pretrained(task.model)
-            if (task.model / "generation_config.json").exists()
+            GenerationConfig.from_pretrained(task.folder)
+            if (task.folder / "generation_config.json").exists()
             else GenerationConfig.from_model_config(config)
         )
         ends = habits.eos_token_id

@@ -29,7 +29,7 @@ class HFEngine:
         self.tokenizer = self.codec.tokenizer
         if model is None:
             model = AutoModelForCausalLM.from_pretrained(
-                task.model, dtype=getattr(torch, task.read.dtype), trust_remote_code=task.read.trust_remote_code
+                task.folder, dtype=getattr(torch, task.read.dtype), trust_remote_code=task.read.trust_remote_code
             )
             model = model.to(task.device)
         self.model = model.eval()

@@ -37,17 +37,17 @@ def weights(settings: HF | VLLM, task: Task) -> int:
     """Bytes of the weights, on all devices together."""
     quantised = settings.quantization if settings.name == "vllm" else None
     each = QUANTISED.get(quantised or "", BYTES[task.read.dtype])
-    return int(parameters(task.model) * each)
+    return int(parameters(task.folder) * each)
 
 
 def head_size(task: Task) -> int:
-    config = _config(task.model, task.read.trust_remote_code)
+    config = _config(task.folder, task.read.trust_remote_code)
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def per_token(task: Task) -> int:
     """Bytes of a token's keys and values: 2 x layers x key-value heads x head size x bytes a number."""
-    config = _config(task.model, task.read.trust_remote_code)
+    config = _config(task.folder, task.read.trust_remote_code)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * head_size(task) * BYTES[task.read.dtype])
 
@@ -72,11 +72,11 @@ def check(settings: HF | VLLM, task: Task) -> None:
 
     hf holds the keys and values of a whole batch; vllm needs room for one sequence and takes what is left.
     """
-    config = _config(task.model, task.read.trust_remote_code)
+    config = _config(task.folder, task.read.trust_remote_code)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and task.max_length > positions:
         raise ValueError(
-            f"engine.max_length (or data.max_length)={task.max_length}: the model in {task.model} reads {positions} "
+            f"engine.max_length (or data.max_length)={task.max_length}: the model in {task.folder} reads {positions} "
             "tokens; set one no larger"
         )
     batch = settings.batch_size if settings.name == "hf" else 1
@@ -94,7 +94,7 @@ def check(settings: HF | VLLM, task: Task) -> None:
     else:
         remedy = "take a smaller model or a smaller data.max_length, or engine=vllm with engine.tensor_parallel"
     raise ValueError(
-        f"the model doesn't fit: weights {need[0] / GIB:.2f} GiB ({parameters(task.model):,} in {task.read.dtype}"
+        f"the model doesn't fit: weights {need[0] / GIB:.2f} GiB ({parameters(task.folder):,} in {task.read.dtype}"
         f"{', ' + quantised if quantised else ''}) + keys and values {need[1] / GIB:.2f} GiB "
         f"({batch} x {task.max_length} tokens x {per_token(task):,} bytes) = {sum(need) / GIB:.2f} GiB, and "
         f"engine.memory_share={settings.memory_share:g} of {where} that is free is {free / GIB:.2f} GiB; {remedy}"

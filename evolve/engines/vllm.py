@@ -27,7 +27,7 @@ from evolve.engines.draw import Sampler, only
 def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
     """What generation and classification tell vLLM alike; sets what it takes from the environment."""
     common = {
-        "model": str(task.model),
+        "model": str(task.folder),
         "dtype": task.read.dtype,
         "trust_remote_code": task.read.trust_remote_code,
         "max_model_len": task.max_length,

@@ -75,7 +75,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     )
     rollouts = reinforce.Rollouts(
         HFEngine(task, config.generation_batch, model),
-        load_scorer(config.scorer, inputs.get("reward_model"), context),
+        load_scorer(config.scorer, inputs, context),
         encoded,
         {row["prompt"]: row.get("gold") for row in rows},
         answers=config.answers,

@@ -84,7 +84,7 @@ def answer(
     chosen = [items[number] for number in numbers]
     score = None
     if config.scorer is not None:
-        scorer = load_scorer(config.scorer, inputs.get("reward_model"), context)
+        scorer = load_scorer(config.scorer, inputs, context)
         gold = {item.prompt: item.gold for item in chosen}
 
         def score(prompt: str, answer: str) -> float:
