@@ -26,6 +26,7 @@ class Resolver:
     def __init__(self, cache: Path | None, unpinned: bool = False):
         self.cache, self.unpinned = cache, unpinned
         self._seen: dict[tuple[Any, ...], Source] = {}
+        self._usable_rows: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._checked: set[tuple[int, ...]] = set()
         self.warnings: list[str] = []
         self._unreachable: Exception | None = None
@@ -106,21 +107,12 @@ class Resolver:
         """That a local file has the rows which the splits ask for, before any work. Raises ConfigError."""
         if data.path == "embedded":
             self._check_embedded(data, iterations)
-        if not is_file(data.path):
+        if data.eval_path is not None and is_file(data.eval_path):
+            self._usable("data.eval_path", data.eval_path, data)
+        found = self._usable("data.path", data.path, data) if is_file(data.path) else None
+        if found is None:
             return
-        file = find(data.path)
-        if file is None:
-            raise ConfigError(f"data.path={data.path}: no such file")
-        if file.stat().st_size > 100 * 2**20:
-            return  # reading it would take longer than a plan may; the data stages say the same, early
-        known = ("rows", data.path, data.prompt, data.gold, data.seed, data.max_characters)
-        try:
-            if known not in self._seen:
-                rows, _ = ordered(read(str(file), data.split, data.prompt, data.gold), data.seed, data.max_characters)
-                self._seen[known] = Source("rows", "", f"{len(rows)} {sum(map(has_pair, rows))}")
-        except (DataError, OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.path={data.path}{str(error).removeprefix(str(file))}") from None
-        have, have_pairs = map(int, self._seen[known].digest.split())
+        have, have_pairs = found
         wants = {
             "data.eval_prompts": 0 if data.eval_path else data.eval_prompts,
             "data.sft_pairs": data.sft_pairs if trained else 0,
@@ -139,6 +131,22 @@ class Resolver:
             raise ConfigError(
                 f"data.path={data.path}: has {have} usable rows, and {parts} = {sum(wants.values())} are asked"
             )
+
+    def _usable(self, key: str, path: str, data: Data) -> tuple[int, int] | None:
+        """How many usable rows a local file has, and how many with a pair; None if it is too large to be read now."""
+        file = find(path)
+        if file is None:
+            raise ConfigError(f"{key}={path}: no such file")
+        if file.stat().st_size > 100 * 2**20:
+            return None  # reading it would take longer than a plan may; the data stages say the same, early
+        known = ("rows", path, data.prompt, data.gold, data.seed, data.max_characters)
+        if known not in self._usable_rows:
+            try:
+                rows, _ = ordered(read(str(file), data.split, data.prompt, data.gold), data.seed, data.max_characters)
+            except (DataError, OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{key}={path}{str(error).removeprefix(str(file))}") from None
+            self._usable_rows[known] = len(rows), sum(map(has_pair, rows))
+        return self._usable_rows[known]
 
     def _hash(self, file: Path) -> str:
         stat = file.stat()

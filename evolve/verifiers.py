@@ -21,8 +21,7 @@ from evolve import world
 from evolve.config import ROOT
 from evolve.scorers import Item, Score
 
-SECONDS = 5  # of CPU time for one answer: much more than any that is right needs, and the same on a busy machine
-BYTES = 4 * 2**30  # of address space
+BYTES = 4 * 2**30  # of address space, for Math-Verify
 GAVE_UP = "wrong because the verifier gave up"
 
 
@@ -95,30 +94,33 @@ def _gold(item: Item) -> str:
 
 
 class Math(Verifier):
-    """Whether Math-Verify reads the same value from the answer as from `gold`, in a process of its own.
+    """Whether Math-Verify reads the same value from the answer (behind a last ####, if any) as from `gold`.
 
+    It does so in a process of its own, with `seconds` of CPU time for an answer, which are the same on a busy machine.
     An answer can send SymPy into hours or gigabytes, in places where no exception ends it and in threads that signals
     don't reach. So the process is one that its own timer ends; the answer is then wrong, as one that can't be read is:
     to leave it out would favour models that write such.
     """
 
-    _process: subprocess.Popen[str] | None = None
+    def __init__(self, seconds: float = 5.0):
+        self.seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
 
     def grade(self, item: Item) -> Score:
-        reply = self._ask("grade", _gold(item), item.answer)
+        reply = self._ask("grade", _gold(item), _result(item.answer))
         right = reply is not None and bool(reply["value"])
         return Score(float(right), right, {GAVE_UP: 1} if reply is None else {})
 
     def extract(self, answer: str) -> str | None:
         """The value as SymPy writes it simplified: 0.5, 1/2 and \\frac{2}{4} are the same, 0.33 is not 1/3."""
-        reply = self._ask("extract", answer)
+        reply = self._ask("extract", _result(answer))
         return None if reply is None else reply["value"]
 
     def _ask(self, *call: str) -> dict[str, Any] | None:
         """The reply; None if the process ended over it."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "evolve.verifiers"],
+                [sys.executable, "-m", "evolve.verifiers", str(self.seconds)],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -142,6 +144,10 @@ class Math(Verifier):
 
 
 VERIFIERS = {"ledger": Ledger, "exact": Exact, "math": Math}
+
+
+def _result(answer: str) -> str:
+    return answer.rpartition("####")[2].strip() or answer
 
 
 def load(name: str) -> Verifier:
@@ -186,9 +192,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(json.dumps({"value": "ready"}), flush=True)
+    seconds = float(sys.argv[1])
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF, unhandled, ends the process wherever it is
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF, unhandled, ends the process wherever it is
         value = _grade(*arguments) if what == "grade" else _extract(*arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps({"value": value}), flush=True)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,9 @@ REFUSED = {
     "filter=reward_model reward_model.path=./no": ["reward_model.path=./no: no such folder"],
     "data=ultrafeedback filter=verifier": ["filter.scorer=verifier", "filter=reward_model or filter=rule"],
     "data=ultrafeedback eval.scorer=verifier": ["eval.scorer=verifier", "eval.scorer=reward_model"],
+    "data=ultrafeedback data.verifier=math": ["data.verifier=math", "set data.gold to the column"],
+    "data.verifier=exact": ["data.verifier=exact", "set data.gold to the column"],
+    "data.gold=answer": ["data.gold", "data.path=embedded has no columns"],
     "filter=rule strategy=tree": ["strategy.expand=best", "strategy.expand=every"],
     "strategy=tree strategy.answers=8 strategy.depth=2": ["strategy.depth=2", "at most 7", "strategy.branching=2"],
     "strategy=tree strategy.depth=0": ["strategy.depth=0", "greater than or equal to 1"],
@@ -270,6 +275,27 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     assert "has 1 usable rows" in line and "data.sft_pairs 10000" in line
 
 
+def test_rows_that_a_verifier_or_a_loss_has_no_use_for_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": f"q {n}", "answer": f"because\n#### {n}"} for n in range(40)]
+    given = (
+        *(
+            "data=ultrafeedback",
+            f"data.path={file}",
+            "data.eval_split=null",
+            "data.prompt=question",
+            "data.gold=answer",
+        ),
+        *("data.verifier=math", "filter=verifier", "model=embedded", "data.eval_prompts=4", "data.prompts=8"),
+        *("data.offline_pairs=0", "data.reward_model_pairs=0", "iteration.count=2"),
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refusal(tmp_path / "out", *given, "data.sft_pairs=4")
+    assert "40 of 40 rows have no 'chosen' and 'rejected', and data.sft_pairs ask" in line and "or 0" in line
+    file.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "q"}) + "\n")
+    assert "row 2: no 'answer'" in refusal(tmp_path / "out", *given, "loss=pt_only", "data.sft_pairs=0")
+
+
 # ---- identity: what counts for a stage's id, and what does not
 
 BASES = [
@@ -290,6 +316,9 @@ RUNTIME = {
     "trainer.checkpoint_minutes": st.none() | st.floats(0, 1e6),
     "trainer.max_loss_growth": st.floats(1.1, 1e6),
     "reward_model.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
+    "reward_model.engine": st.sampled_from(["hf", "vllm"] if find_spec("vllm") else ["hf"]),
+    "reward_model.processes": st.integers(1, 8),
+    "reward_model.memory_share": st.floats(0.1, 1),
     "engine.batch_size": st.integers(1, 4096),
     "engine.processes": st.integers(1, 8),
     "engine.retries": st.integers(0, 8),
@@ -326,6 +355,8 @@ def test_every_other_setting_changes_an_id() -> None:
         "data.eval_path",  # refused with the embedded world
         "data.eval_split",  # as revision
         "data.verifier",  # the reward model scores
+        "data.prompt",  # refused with the embedded world
+        "data.gold",  # as prompt
         "model.revision",  # of a hub id
         "model.path",  # its content counts
         "model.chat_template",  # a path, whose content counts

@@ -54,6 +54,33 @@ def test_message_lists_are_their_last_message(tmp_path):
     assert found == [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
 
 
+def test_reference_answers(tmp_path):
+    """In GSM8K's form and others, with pairs or without; its columns by the names that they have."""
+    golds = ["6 * 7 = 42\n#### 42", " 42 ", 42, 4.5, "#### 1\n#### 2"]
+    rows = [{"question": f"q {n}", "answer": gold} for n, gold in enumerate(golds)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    found = data.read(path, "train", "question", "answer")
+    assert found == [{"prompt": f"q {n}", "gold": gold} for n, gold in enumerate(["42", "42", "42", "4.5", "2"])]
+    for pool in ("eval", "prompts"):
+        taken, dropped = take(path, pool, count=2, reserve=2, prompt="question", gold="answer")
+        assert len(taken) == 2 and all(item.keys() == {"id", "prompt", "gold"} for item in taken) and not dropped
+    with pytest.raises(DataError, match=r"pairs are asked of rows without 'chosen'.*or 0"):
+        take(path, "pairs", count=1, prompt="question", gold="answer")
+    path = write(tmp_path / "pairs.jsonl", [{**row(n), "gold": str(n)} for n in range(4)])
+    assert [item["gold"] for item in take(path, "pairs", count=4, gold="gold")[0]] == [
+        item["prompt"].split()[1] for item in take(path, "pairs", count=4)[0]
+    ]
+    for broken_row, what in (
+        ({"question": "q"}, "row 1: no 'answer'; it has question"),
+        ({"answer": "3"}, "row 1: no 'question'"),
+        ({"question": "q", "answer": "3", "chosen": "c"}, "row 1: no 'rejected'"),
+        ({"question": "q", "answer": "3 ####"}, "row 1, answer: an empty reference answer"),
+        ({"question": "q", "answer": True}, "row 1, answer: neither"),
+    ):
+        with pytest.raises(DataError, match=what):
+            data.read(write(tmp_path / "broken.jsonl", [broken_row]), "train", "question", "answer")
+
+
 sizes = st.integers(0, 6)
 
 

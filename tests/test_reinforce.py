@@ -291,6 +291,20 @@ def test_prompts_and_answers_are_the_tokens_that_respond_has(policy, embedded, t
     assert seen == [(text, answer["text"]) for text, answer in drawn if answer["end"] == "stop"]
 
 
+def test_the_scorer_gets_each_prompts_reference_answer(policy, embedded):
+    seen = []
+
+    def scorer(items):
+        seen.extend(items)
+        return zeros(items)
+
+    rollouts = rollouts_of(policy, embedded, scorer)
+    rollouts.gold = {text: f"gold of {text}" for text in PROMPTS}
+    rollouts([prompt for prompt in PROMPTS for _ in range(4)], None)
+    assert {item.prompt for item in seen} == set(PROMPTS)
+    assert all(item.gold == f"gold of {item.prompt}" for item in seen)
+
+
 def test_an_answer_without_a_score_is_as_if_it_were_not_there(policy, embedded):
     from transformers import AutoModelForCausalLM
 

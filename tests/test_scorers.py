@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve import templates, world
+from evolve.config import HF, Sampling, Strategy, Template
 from evolve.scorers import Item, RewardModel
-from evolve.stages import Context, ModelSettings, read_rows, reward_model, score, write_rows
+from evolve.stages import Context, ModelSettings, read_rows, respond, reward_model, score, write_rows
 
 READ = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
 # Tokenizers and templates as published models have them: (pad token, what the template writes behind the end token,
@@ -187,6 +189,37 @@ def test_a_killed_stage_goes_on_where_it_was(answered, one_output):
     assert again == found and seen[-1] == (2, 2)
     seen.clear()
     assert run(answered, answered / "no model is needed", seen)[0] == found and seen == []
+
+
+def test_reference_answers_reach_the_verifier(tiny, tmp_path):
+    """From the data set's rows, through a strategy that looks at scores on the way, to the stage that scores."""
+    prompts = [item.prompt for item in ITEMS[:4]]
+    write_rows(tmp_path / "rows.jsonl", [{"id": p, "prompt": p, "gold": "3"} for p in prompts])
+    context = Context("cpu", lambda done, total: None, tmp_path / "partial")
+    config = score.Config(scorer="verifier", verifier="exact", model=None, max_length=128, batch_size=4)
+    template = Template(name="t", text="{prompt} {response}", separator=" ", path=None)
+    asking = respond.Config(
+        model=READ,
+        engine=HF(name="hf", batch_size=8),
+        strategy=Strategy(name="tree", answers=6, branching=2, expand="best"),
+        template=template,
+        sampling=Sampling(temperature=1.0, top_k=0, top_p=1.0),
+        scorer=config,
+        max_prompt_tokens=64,
+        max_new_tokens=4,
+        max_length=128,
+        seed=0,
+    )
+    respond.run(asking, {"model": tiny, "prompts": tmp_path}, tmp_path, context)
+    rows = read_rows(tmp_path / "answers.jsonl")
+    assert [row["gold"] for row in rows] == ["3"] * 4
+    texts = [answer["text"] for row in rows for answer in row["answers"]]
+    gold = max(texts, key=len)
+    write_rows(tmp_path / "answers.jsonl", [{**row, "gold": gold} for row in rows])
+    (tmp_path / "partial" / "score").mkdir()
+    score.run(config, {"answers": tmp_path}, tmp_path, replace(context, partial=tmp_path / "partial" / "score"))
+    found = [right for row in read_rows(tmp_path / "scores.jsonl") for right in row["correct"]]
+    assert found == [text == gold for text in texts] and any(found) and not all(found)
 
 
 @pytest.mark.slow

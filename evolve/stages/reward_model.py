@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from evolve.config import RUNTIME, Section
+from evolve.data import has_pair
 from evolve.scorers import Item, RewardModel
 from evolve.stages import Context, ModelSettings, read_rows
 from evolve.store import Report
@@ -109,7 +110,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         batch_size=4 * config.micro_batch,
         device=context.device,
     )
-    held_out = read_rows(inputs["held_out"] / "rows.jsonl")
+    held_out = [row for row in read_rows(inputs["held_out"] / "rows.jsonl") if has_pair(row)]
     scores = dict(scorer([Item(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in held_out]))
     pairs = [(scores[n].value, scores[n + len(held_out)].value) for n in range(len(held_out))]
     known = [(better, worse) for better, worse in pairs if better is not None and worse is not None]
