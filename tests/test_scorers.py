@@ -98,5 +98,10 @@ def test_the_verifier_is_the_worlds_reward():
     assert scores == [Score(*world.reward(prompt, answer)) for answer in answers]
     assert [score.correct for score in scores[2:4]] == [False, False]
     assert [score.value for score in scores[2:4]] == [0.0, 0.0]
+    # What can be graded can be voted for, however it is spaced.
+    said = [
+        Verifier("ledger").extract(answer) for answer in (right, f"  {right.replace(' ', chr(10))} ", *answers[2:4])
+    ]
+    assert said == [right, right, None, None]
     with pytest.raises(KeyError):
         Verifier("unheard of")
