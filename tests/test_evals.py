@@ -169,6 +169,14 @@ def test_the_standing_answer_counts_for_turns_that_were_not_made():
     assert metrics["made"]["tokens"]["n"] == 4
 
 
+def test_a_chain_cut_short_by_a_drop_ends_before_its_last_answer_however_that_is_scored_again():
+    answers, scores = made([[0.0, 1.0, 1.0], [0.5, 0.5, 0.5]], [[False, True, False], [True, True, False]])
+    metrics, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
+    assert [turn["accuracy"]["value"] for turn in metrics["turns"]] == [0.5, 1.0, 1.0, 1.0]
+    whole, _ = refinement.measure(with_tokens(answers), scores, "", chain(3, "score_drop"))
+    assert [turn["accuracy"]["value"] for turn in whole["turns"]] == [0.5, 1.0, 0.0]
+
+
 def test_an_unchanged_answer_stands():
     answers, scores = made([[0.5, 1.0, 1.0], [0.25, 0.0, 0.5, 0.25]], texts=[["a", "b", "b"], ["a", "b", "c", "d"]])
     metrics, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "unchanged"))
