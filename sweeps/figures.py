@@ -8,6 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from evals.test_time import EXPLAIN
 from evolve.store import digest, hash_file
 from sweeps.collect import Sweep
 from sweeps.tables import METRICS
@@ -124,7 +125,7 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
 def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     """Test-time scaling: a column for each way to use n answers; above by their number, below by tokens generated.
 
-    A colour for each member; its last model solid, its first dashed.
+    A colour for each member; its last model solid, its first dotted.
     """
     lines = []  # member's number, colour, marker, style, sizes
     for member, colour, marker in zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False):
@@ -132,7 +133,7 @@ def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         measured = [sizes for sizes in measured if sizes[0]["worth"]["single"][metric]]
         for sizes, style in zip([measured[-1:], measured[:-1][:1]], "-:", strict=True):
             lines += [(member.name, colour, marker, style, some) for some in sizes]
-    kinds = list(dict.fromkeys(kind for *_, sizes in lines for kind in sizes[0]["worth"]))
+    kinds = [kind for kind in EXPLAIN if any(kind in sizes[0]["worth"] for *_, sizes in lines)]
     if not any(len(sizes) > 1 for *_, sizes in lines):
         return None
     fig, axes = plt.subplots(
@@ -167,7 +168,7 @@ def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         axes[row, 0].set_ylabel(METRICS[metric], fontsize=9)
         for ax in axes[row]:
             ax.set_xlabel(what, fontsize=8)
-    fig.suptitle("after the last stage solid, before training dotted; bars: 95 % intervals over prompts", fontsize=9)
+    fig.suptitle("after the last phase solid, after the first dotted; bars: 95 % intervals over prompts", fontsize=9)
     fig.legend(list(handles.values()), list(handles), loc="outside lower center", fontsize=8, frameon=False)
     return fig
 

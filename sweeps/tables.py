@@ -14,6 +14,7 @@ from evals import BENCHMARKS
 from sweeps.collect import Measurement, Sweep
 
 METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
+WIDE = 6  # columns of numbers that fit beside one another
 
 
 def number(estimate: Mapping[str, Any] | None) -> str:
@@ -74,6 +75,8 @@ def scaling(sweep: Sweep, metric: str) -> list[list[str]]:
         (member.name, member.of("test_time")[-1].metrics["sizes"]) for member in sweep.members if member.of("test_time")
     ]
     used = sorted({size["answers"] for _, sizes in last for size in sizes})
+    if len(used) > WIDE:
+        used = [n for n in used if n.bit_count() == 1 or n == used[-1]]  # powers of two, and all
     rows = []
     for name, sizes in last:
         by_size = {size["answers"]: size for size in sizes}
@@ -123,17 +126,15 @@ def shown(sweep: Sweep) -> list[Shown]:
                 found.append(Shown(title(sweep, metric, benchmark), rows))
     for metric in METRICS:
         if rows := scaling(sweep, metric):
-            about = (
-                "by the number of answers used, after the last phase; tokens: generated for a prompt, as many answers"
-            )
-            found.append(Shown(f"{METRICS[metric]} {about}", rows))
+            about = "after each member's last phase, by the number of answers used; tokens: generated for them a prompt"
+            found.append(Shown(f"{title(sweep, metric, 'test_time')}; {about}", rows))
     return found
 
 
 def rich_table(made: Shown) -> Table:
     table = Table(title=made.title, title_justify="left")
     for place, name in enumerate(made.rows[0]):
-        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 1)
+        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 1, overflow="fold")
     last = None
     for row in made.rows[1:]:
         if last is not None and row[0] != last:

@@ -10,7 +10,7 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra
 import pytest
@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import evals
 from evolve import config, launch, plan, sources
 from evolve.config import CONF, Config, ConfigError
 from evolve.store import Stage, flatten
@@ -228,6 +229,15 @@ REFUSED = {
     "data=ultrafeedback data.verifier=math": ["data.verifier=math", "set data.gold to the column"],
     "data.verifier=exact": ["data.verifier=exact", "set data.gold to the column"],
     "data.gold=answer": ["data.gold", "data.path=embedded has no columns"],
+    "eval=test_time strategy@eval.test_time=chain eval.test_time.chains=3": [
+        "eval.test_time.chains=3: doesn't divide eval.test_time.answers=8; these do: 1, 2, 4, 8"
+    ],
+    "eval=test_time eval.test_time=null": ["eval.test_time=null", "take eval=test_time"],
+    "eval=test_time strategy@eval.test_time=chain eval.test_time.stop=unchanged": ["eval.test_time.stop=unchanged"],
+    "eval=test_time eval.test_time.wibble=1": ["eval.test_time.wibble: unknown key", "answers, branching, chains"],
+    "eval=test_time data=ultrafeedback eval.select=verifier": ["eval.select=verifier", "eval.select=reward_model"],
+    "eval.benchmarks=[refinement,refinement]": ["eval.benchmarks", "names one twice"],
+    "eval.stop=never": ["eval.stop=never", "'unchanged' or 'score_drop'"],
     "filter=rule strategy=tree": ["strategy.expand=best", "strategy.expand=every"],
     "strategy=tree strategy.answers=8 strategy.depth=2": ["strategy.depth=2", "at most 7", "strategy.branching=2"],
     "strategy=tree strategy.depth=0": ["strategy.depth=0", "greater than or equal to 1"],
@@ -371,6 +381,8 @@ def test_every_other_setting_changes_an_id() -> None:
         "engine.name",
         "judge.name",
         "eval.benchmarks",
+        "eval.test_time",  # of a benchmark that this doesn't run
+        "eval.select",  # as test_time
         "model.beta",  # the loss's betas count
         "loss.gamma",  # of SimPO alone
         "loss.policy_gradient",  # of rewards alone
@@ -401,6 +413,7 @@ def test_every_other_setting_changes_an_id() -> None:
         "trainer.schedule": "cosine",
         "trainer.lora": {"rank": 1, "alpha": 1, "dropout": 0.0, "targets": "all-linear"},
         "eval.scorer": "verifier",
+        "eval.stop": "unchanged",
     }
     unnoticed = []
     for key, value in leaves(base).items():
@@ -641,6 +654,55 @@ def test_a_seed_belongs_to_the_filter_that_draws() -> None:
     assert pair("filter=best_random") != pair("filter=best_random", "seed=1")
     assert pair("filter=all_pairs") == pair("filter=all_pairs", "seed=1")
     assert pair() == pair("seed=1")
+
+
+def test_benchmarks_add_their_own_stages_and_touch_no_others() -> None:
+    one, both = load("debug=fast"), load("debug=fast", "eval=test_time", "eval.select=verifier")
+    assert set(ids(one)) < set(ids(both))
+    assert both.uses_reward_model is False and load("eval=test_time").uses_reward_model is True
+    member = plan.build("member", both, RESOLVER)
+    phases = ["base", "sft", "offline", "iteration 1"]
+    expected = [(phase, name) for phase in phases for name in ("refinement", "test_time")]
+    assert list(member.evaluations) == expected
+    assert set(get_args(config.Benchmark)) == set(evals.BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval.test_time.answers", 16),
+        ("eval.test_time.chains", 2),
+        ("eval.select", "reward_model"),
+        ("eval.temperature", 0.3),
+        ("eval.seed", 1),
+    ],
+)
+def test_settings_of_test_time_change_its_evaluations_alone(key: str, value: Any) -> None:
+    base = composed("debug=fast", "eval=test_time", "strategy@eval.test_time=chain", "eval.select=verifier")
+    one, other = config.load(base), changed(base, **{key: value})
+    assert ids_of(one, "train") == ids_of(other, "train")
+
+    def evaluations(member: Config, benchmark: str) -> set[str]:
+        found = plan.build("member", member, RESOLVER).evaluations
+        return {stage.id for (_, name), stage in found.items() if name == benchmark}
+
+    assert not evaluations(one, "test_time") & evaluations(other, "test_time")
+    same = evaluations(one, "refinement") == evaluations(other, "refinement")
+    assert same == (not key.startswith(("eval.temperature", "eval.seed")))
+
+
+def test_an_end_by_score_needs_the_scorer_of_evaluation() -> None:
+    def answering(*overrides: str) -> list[Stage]:
+        member = plan.build("member", load("debug=fast", *overrides), RESOLVER)
+        evaluated = [stage.inputs["answers"] for stage in member.evaluations.values()]
+        return [stage for stage in evaluated if isinstance(stage, Stage)]
+
+    (first, *_) = answering("eval.stop=score_drop", "filter=rule")
+    assert first.config.scorer.scorer == "verifier" and "reward_model" not in first.inputs
+    (first, *_) = answering("eval.stop=score_drop", "filter=rule", "eval.scorer=reward_model")
+    assert first.config.scorer.scorer == "reward_model" and "reward_model" in first.inputs
+    (first, *_) = answering("eval.stop=unchanged")
+    assert first.config.scorer is None and first.config.strategy.stop == "unchanged"
 
 
 def test_content_counts_not_its_path(tmp_path: Path) -> None:

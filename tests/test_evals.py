@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import refinement, statistics
+from evals import refinement, statistics, test_time
 from evals.statistics import Estimate
+from evolve.config import Strategy
 
 values = st.floats(-100, 100).map(lambda value: round(value, 3))
 clusters = st.dictionaries(st.text(max_size=3), st.lists(values, min_size=1, max_size=4), min_size=2, max_size=9)
@@ -140,3 +141,144 @@ def test_one_turn_has_no_gain():
     draw = random.Random(0)
     metrics, _ = refinement.measure(*made([[draw.random()] for _ in range(5)]), "")
     assert metrics["gain"]["reward"] == {"value": 0, "low": 0, "high": 0, "n": 5}
+
+
+def chain(turns, stop):
+    return Strategy(name="chain", answers=turns, branching=None, expand=None, stop=stop)
+
+
+def with_tokens(answers):
+    """The answers' rows, each answer of 2 tokens."""
+    return [{**row, "answers": [{**answer, "tokens": 2} for answer in row["answers"]]} for row in answers]
+
+
+def test_the_standing_answer_counts_for_turns_that_were_not_made():
+    """Of four: one whole that rises, one whole whose last turn drops, one that a drop ended at turn 3, one at 2."""
+    answers, scores = made(
+        [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.75, 0.0], [0.0, 1.0, 0.5], [0.75, 0.25]],
+        [[False, False, False, True], [False] * 4, [False, True, False], [True, False]],
+    )
+    metrics, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
+    rewards = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.75, 0.75], [0.0, 1.0, 1.0, 1.0], [0.75, 0.75, 0.75, 0.75]]
+    assert [turn["reward"]["value"] for turn in metrics["turns"]] == [
+        sum(column) / 4 for column in zip(*rewards, strict=True)
+    ]
+    assert [turn["accuracy"]["value"] for turn in metrics["turns"]] == [0.25, 0.5, 0.5, 0.75]
+    assert metrics["made"]["turns"]["value"] == 13 / 4
+    assert metrics["made"]["tokens"]["value"] == 26 / 4
+    assert metrics["made"]["tokens"]["n"] == 4
+
+
+def test_a_chain_cut_short_by_a_drop_ends_before_its_last_answer_however_that_is_scored_again():
+    answers, scores = made([[0.0, 1.0, 1.0], [0.5, 0.5, 0.5]], [[False, True, False], [True, True, False]])
+    metrics, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
+    assert [turn["accuracy"]["value"] for turn in metrics["turns"]] == [0.5, 1.0, 1.0, 1.0]
+    whole, _ = refinement.measure(with_tokens(answers), scores, "", chain(3, "score_drop"))
+    assert [turn["accuracy"]["value"] for turn in whole["turns"]] == [0.5, 1.0, 0.0]
+
+
+def test_an_unchanged_answer_stands():
+    answers, scores = made([[0.5, 1.0, 1.0], [0.25, 0.0, 0.5, 0.25]], texts=[["a", "b", "b"], ["a", "b", "c", "d"]])
+    metrics, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "unchanged"))
+    assert [turn["reward"]["value"] for turn in metrics["turns"]] == [0.375, 0.5, 0.75, 0.625]
+    assert [turn["unchanged"] for turn in metrics["turns"]] == [None, 0.0, 0.5, 0.5]
+
+
+@given(st.lists(st.lists(values, min_size=3, max_size=3), min_size=2, max_size=5))
+def test_whole_chains_are_measured_as_without_a_rule(scores):
+    answers, scored = made(scores)
+    plain, _ = refinement.measure(answers, scored, "")
+    ruled, _ = refinement.measure(with_tokens(answers), scored, "", chain(3, "unchanged"))
+    assert ruled.pop("made")["turns"]["value"] == 3
+    assert ruled == plain
+
+
+# ---- test_time
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=9))
+def test_majority_is_the_most_frequent_and_the_earlier_of_equals(said):
+    found = said[test_time.majority(said)]
+    counts = {text: said.count(text) for text in said if text is not None}
+    if not counts:
+        assert test_time.majority(said) == 0
+        return
+    assert counts[found] == max(counts.values())
+    assert test_time.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+
+
+def parallel(answers):
+    return Strategy(name="parallel", answers=answers, branching=None, expand=None)
+
+
+def test_measure_by_answers_used():
+    """Two prompts, three answers each, worked out by hand."""
+    answers, scores = made(
+        [[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]],
+        [[False, False, True], [True, False, False]],
+        [["a", "b", "c"], ["x", "y", "y"]],
+    )
+    likes = [
+        {"id": "p0", "scores": [1, 3, 2], "correct": [None] * 3},
+        {"id": "p1", "scores": [5, 5, 6], "correct": [None] * 3},
+    ]
+    metrics, unscored = test_time.measure(with_tokens(answers), scores, likes, "as agreed", parallel(3), str.strip)
+    assert unscored == {"prompts with an answer that has no score": 0}
+    assert (metrics["benchmark"], metrics["protocol"]) == ("test_time", "as agreed")
+    sizes = metrics["sizes"]
+    assert [(size["answers"], size["tokens"]["value"], size["tokens"]["n"]) for size in sizes] == [
+        (1, 2, 2),
+        (2, 4, 2),
+        (3, 6, 2),
+    ]
+
+    def curve(kind, metric="reward"):
+        return [size["worth"][kind][metric]["value"] for size in sizes]
+
+    assert curve("single") == pytest.approx([0.5, 0.375, (0.5 + 1 / 3) / 2])
+    assert curve("best") == [0.5, 0.75, 0.25]  # p0: a, b, b; p1: x, x (the earlier of equals), y
+    assert curve("majority") == [0.5, 0.5, 0.0]  # p0: a throughout; p1: x, x, y
+    assert curve("best", "accuracy") == [0.5, 0.5, 0.0]
+    assert curve("single", "accuracy") == pytest.approx([0.5, 0.25, 1 / 3])
+    assert list(sizes[0]["worth"]) == ["single", "best", "majority"]
+    assert test_time.headline(metrics) == sizes[-1]["worth"]
+
+
+def test_chains_are_used_turn_by_turn_and_have_a_latest():
+    answers, scores = made([[0.0, 0.5, 1.0, 0.5], [0.0, 0.0, 1.0, 1.0]])
+    strategy = Strategy(name="chain", answers=4, branching=None, expand=None, chains=2)
+    metrics, _ = test_time.measure(with_tokens(answers), scores, scores, "", strategy)
+    assert [size["answers"] for size in metrics["sizes"]] == [2, 4]
+    assert [size["worth"]["latest"]["reward"]["value"] for size in metrics["sizes"]] == [0.125, 0.875]
+    assert list(metrics["sizes"][0]["worth"]) == ["single", "latest", "best"]  # nothing extracts, so nobody votes
+    assert metrics["sizes"][0]["worth"]["best"]["accuracy"] is None
+
+
+grades = st.lists(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=2, max_size=6
+)  # fmt: skip
+
+
+@given(grades)
+def test_an_oracle_only_gains_from_more_answers_and_is_pass_at_n(found):
+    answers, scores = made(found, [[grade == 1.0 for grade in row] for row in found])
+    metrics, _ = test_time.measure(with_tokens(answers), scores, scores, "", parallel(4), str.strip)
+    worth = [size["worth"] for size in metrics["sizes"]]
+    rewards = [size["oracle"]["reward"]["value"] for size in worth]
+    assert rewards == sorted(rewards) and "best" not in worth[0]
+    for size, used in enumerate(worth, start=1):
+        passed = sum(1.0 in row[:size] for row in found) / len(found)
+        assert used["oracle"]["accuracy"]["value"] == pytest.approx(passed)
+        assert all(used["oracle"]["reward"]["value"] >= used[kind]["reward"]["value"] - 1e-12 for kind in used)
+    # One answer is one answer, however it is picked.
+    assert all(worth[0][kind] == worth[0]["oracle"] for kind in worth[0])
+
+
+@pytest.mark.parametrize("unscored", ["scores", "select"])
+def test_a_prompt_without_a_score_counts_for_no_number_of_answers(unscored):
+    answers, scores = made([[0.5, None], [0.25, 1.0]])
+    whole = made([[0.5, 0.5], [0.25, 1.0]])[1]
+    given = {"scores": whole, "select": whole, unscored: scores}
+    metrics, dropped = test_time.measure(with_tokens(answers), protocol="", strategy=parallel(2), **given)
+    assert dropped == {"prompts with an answer that has no score": 1}
+    assert {size["worth"]["single"]["reward"]["n"] for size in metrics["sizes"]} == {1}

@@ -183,10 +183,10 @@ def test_a_killed_stage_goes_on_where_it_was(answered, one_output):
     assert report.values == {"answers": 16} and report.dropped == {"answers without a score": 0}
     assert seen[-1] == (16, 16) and all(one < other for one, other in pairwise(seen))
     (part,) = (answered / "partial").glob("part-*.jsonl")
-    part.write_text(part.read_text()[:-10].rpartition("\n")[0][:-7])  # two lines are gone: one whole, one in part
+    part.write_text(part.read_text()[:-10].rpartition("\n")[0][:-7])  # two rows are gone: one whole, one in part
     seen.clear()
     again, _ = run(answered, one_output, seen)
-    assert again == found and seen[-1] == (2, 2)
+    assert again == found and seen[-1] == (4, 4)
     seen.clear()
     assert run(answered, answered / "no model is needed", seen)[0] == found and seen == []
 

@@ -172,10 +172,11 @@ def test_a_drop_of_the_score_ends_its_chain():
 
 
 def test_chains_end_one_by_one():
-    edits = {"a": "a", "b": "c", "c": "d", "d": "e", "f": "g", "g": "g"}
-    found = edited("abf", edits, 4, stop="unchanged")
+    edits = {"a": "a", "b": "c", "c": "d", "d": "e", "e": "h", "f": "g", "g": "g"}
+    found = edited("abf", edits, 5, stop="unchanged")
     assert [(answer.text, answer.given) for answer in found] == [
-        ("a", ()), ("b", ()), ("f", ()), ("a", (0,)), ("c", (1,)), ("g", (2,)), ("d", (4,)), ("g", (5,)), ("e", (6,))
+        ("a", ()), ("b", ()), ("f", ()), ("a", (0,)), ("c", (1,)), ("g", (2,)), ("d", (4,)), ("g", (5,)),
+        ("e", (6,)), ("h", (8,)),
     ]  # fmt: skip
 
 
@@ -221,11 +222,12 @@ def test_tree_takes_the_earlier_of_equals(answers, branching):
     assert tree == made("tree", answers, branching, "every")
 
 
-@given(settings())
-def test_no_answer_is_deeper_than_the_tree(strategy):
-    tree = Strategy(**{**dict(strategy), "name": "tree"})
-    for answer in answers_of(tree)[0][0]:
-        assert tree.depth is None or answer.turn - 1 <= tree.depth
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(["best", "every"]), st.text(max_size=3))
+def test_a_tree_is_full_and_no_deeper(branching, depth, expand, prompt):
+    most = sum(branching**level for level in range(depth + 1))
+    tree = Strategy(name="tree", answers=most, branching=branching, expand=expand, depth=depth)
+    turns = Counter(answer.turn for answer in answers_of(tree, [prompt])[0][0])
+    assert turns == {level + 1: branching**level for level in range(depth + 1)}
 
 
 def test_a_tree_of_one_level_refines_the_direct_answer_alone():

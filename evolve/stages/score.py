@@ -107,6 +107,8 @@ def grade(
     owners: list[tuple[int, int]] = []  # of each item: its row, and its place in it
     for number in numbers:
         row = rows[number]
+        if not row["answers"]:
+            emit(number, [])
         for place, answer in enumerate(row["answers"]):
             items.append(Item(row["prompt"], answer["text"], row.get("gold")))
             owners.append((number, place))
