@@ -107,7 +107,7 @@ def test_equal_values_are_equal_strings(maths):
 
 def test_an_answer_that_no_process_survives_is_wrong_and_the_next_is_graded():
     maths = verifiers.Math(seconds=1)
-    assert maths.grade(Item("", BOMB, "3")) == Score(0.0, False, {GAVE_UP: 1})
+    assert maths.grade(Item("", BOMB, "3")) == Score(0.0, False, {verifiers.GAVE_UP: 1})
     assert right(maths, "3", "3")
 
 
