@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve import sources
-from evolve.config import Config, ConfigError, Sampling, Strategy
+from evolve.config import Config, ConfigError, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -204,6 +204,12 @@ class _Builder:
 
     def respond(self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int) -> Stage:
         config, looks = self.config, strategy.expand == "best"
+        if isinstance(config.engine, Server) and config.engine.url and isinstance(model, Stage):
+            raise ConfigError(
+                f"engine.url={config.engine.url}: holds one model, and the ones trained here are to answer too; set "
+                "engine.serve (and engine.url=null), or take engine=hf or engine=vllm, or train nothing (loss=none "
+                "loss.pt=none loss.sft_direct=0)"
+            )
         inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
         return self.add(
             "respond",

@@ -51,6 +51,7 @@ def tiny(tmp_path_factory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM runs on a CPU
         max_position_embeddings=256,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,

@@ -87,7 +87,8 @@ def default_config() -> str:
 def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None:
     if (choice, scale) == ("filter=verifier", "paper"):
         pytest.skip("UltraFeedback has no verifier: refused below")
-    stated = composed(f"scale={scale}", choice)
+    where = ("engine.url=http://localhost:8000/v1",) if choice == "engine=openai" else ()
+    stated = composed(f"scale={scale}", choice, *where)
     assert leaves(stated).keys() == leaves(config.load(stated).model_dump()).keys()
 
 
@@ -245,6 +246,25 @@ REFUSED = {
     ],
     "model=gpt": ["model=gpt: no such choice", "embedded, gemma2_9b"],
     "experiment=figure9": ["experiment=figure9: no such choice", "figure1"],
+    "engine=openai": ["engine.url, engine.serve: neither is set", "{model} and {port}"],
+    "engine=openai engine.url=http://x/v1 engine.serve=x": ["engine.url, engine.serve: each is set"],
+    "engine=openai engine.url=localhost:8000": [
+        "engine.url=localhost:8000: no such address",
+        "http://localhost:8000/v1",
+    ],
+    "engine=openai engine.url=http://": ["engine.url=http://: no such address"],
+    "engine=openai engine.url=http://me:sesame@x/v1": ["engine.url: holds more than an address", "engine.key"],
+    "engine=openai engine.url=http://x/v1 engine.key=sk-1": ["engine.key: not the name of an environment variable"],
+    "engine=openai engine.url=http://x/v1": [
+        "engine.url=http://x/v1: holds one model, and the ones trained here",
+        "engine.serve",
+        "loss=none loss.pt=none loss.sft_direct=0",
+    ],
+    "engine=openai engine.url=http://x/v1 loss=sft_only": ["holds one model"],
+    "engine=openai engine.url=http://x/v1 loss=grpo": ["holds one model"],
+    "engine=openai engine.url=http://x/v1 engine.endpoint=edits": ["engine.endpoint=edits", "'completions' or 'chat'"],
+    "engine=openai engine.serve='x{port}'": ["engine.serve=x{port}: doesn't say where {model} goes"],
+    "engine=openai engine.serve='x{model}'": ["engine.serve=x{model}: doesn't say where {port} goes"],
     "hydra/launcher=moon": ["hydra/launcher=moon: no such choice", "local", "joblib", "submitit_local"],
 }
 
@@ -255,6 +275,11 @@ def test_refused_in_one_line(tmp_path: Path, overrides: str) -> None:
     assert "\n" not in line
     assert [part for part in REFUSED[overrides] if part not in line] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["engine.url=http://me:sesame@x/v1", "engine.url=http://x/v1 engine.key=sk-sesame"])
+def test_a_refusal_shows_no_secret(tmp_path: Path, wrong: str) -> None:
+    assert "sesame" not in refusal(tmp_path, "engine=openai", *wrong.split())
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -376,6 +401,23 @@ def test_every_other_setting_changes_an_id() -> None:
         if ids(changed(base, **reference, **{key: new})) == ids(changed(base, **reference)):
             unnoticed.append(f"{key}: {value} -> {new}")
     assert unnoticed == []
+
+
+def test_how_a_server_is_reached_never_changes_an_id_and_what_it_is_does() -> None:
+    base = composed("debug=fast", "engine=openai", "engine.serve='serve {model} {port}'")
+    known = ids(config.load(base))
+    runtime = {"key": "MY_KEY", "batch_size": 3, "timeout": 9.5, "retries": 0}
+    for key, value in runtime.items():
+        assert ids(changed(base, **{f"engine.{key}": value})) == known, key
+    other = {"serve": "serve {model} {port} --quantization fp8", "model": "m", "endpoint": "chat", "max_length": 77}
+    for key, value in other.items():
+        assert ids(changed(base, **{f"engine.{key}": value})) != known, key
+    assert {*runtime, *other, "name", "url"} == base["engine"].keys()
+
+    untrained = ("debug=fast", "loss=none", "loss.pt=none", "loss.sft_direct=0", "engine=openai")
+    one, two = (load(*untrained, f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
+    assert ids(one) == ids(two)
+    assert len(stages(one, "respond")) == 1
 
 
 @given(st.floats(0, 1))
