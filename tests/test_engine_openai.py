@@ -640,18 +640,13 @@ def test_a_command_that_is_not_there(tiny):
 def test_a_server_ends_with_the_process_that_started_it(tiny, command):
     """Killed, so that it can't end anything itself."""
     program = f"""
+import json, time, urllib.request
 from pathlib import Path
-from evolve import engines
-from evolve.config import Sampling, Server
-from evolve.stages import ModelSettings
-read = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
-task = engines.Task(Path({str(tiny)!r}), read, Sampling(temperature=0, top_k=0, top_p=1), 12, 128, "cpu")
-settings = Server(**{settings(serve=command("serves")).model_dump()!r})
-engine = engines.load(settings, task)
-engine.submit([engines.Request((0, 0), [dict(role="user", content="0")], 1)])
-print("pids", engine.poll()[0].text, flush=True)
-engine.poll()
-import time; time.sleep(600)
+from evolve.engines.serve import Served
+served = Served({command("serves")!r}, Path({str(tiny)!r}), 20)
+with urllib.request.urlopen(f"{{served.url}}/completions", b"{{}}") as answer:
+    print("pids", json.load(answer)["choices"][0]["text"], flush=True)
+time.sleep(600)
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
