@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -367,6 +370,32 @@ class Server(Section):
     def shards(self) -> dict[str, Any]:
         """How a stage is dealt to processes (parts.run): the server has its own."""
         return {}
+
+    @model_validator(mode="after")
+    def _has_a_server(self) -> Server:
+        if (self.url is None) == (self.serve is None):
+            raise ValueError(
+                f"engine.url, engine.serve: {'neither' if self.url is None else 'each'} is set; set one: the url of a "
+                "server that runs, or a command that starts one, with {model} and {port} in it"
+            )
+        if self.url is not None:
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"engine.url={self.url}: no such address; one is http://localhost:8000/v1")
+            if parts.username is not None or parts.query:  # they would stand in logs and records
+                raise ValueError("engine.url: holds more than an address; a key is in the variable engine.key names")
+        else:
+            assert self.serve is not None
+            try:
+                words = shlex.split(self.serve)
+            except ValueError as error:
+                raise ValueError(f"engine.serve={self.serve}: {str(error).lower()}") from None
+            for field in ("{model}", "{port}"):
+                if not any(field in word for word in words):
+                    raise ValueError(f"engine.serve={self.serve}: doesn't say where {field} goes")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key, re.ASCII):  # its value isn't shown: it may be a key
+            raise ValueError("engine.key: not the name of an environment variable; the key itself is that one's value")
+        return self
 
 
 Engine = Annotated[HF | VLLM | Server, Field(discriminator="name")]
@@ -722,8 +751,6 @@ def unknown_key(key: str) -> str:
 
 def one_line(error: Exception, overrides: Sequence[str] = ()) -> str:
     """One line for an error of Hydra's or OmegaConf's own, with the choices where there are any."""
-    import re
-
     for override in overrides:  # Hydra says that some group is null, and not which
         group, _, choice = override.partition("=")
         if choice in ("", "null") and (CONF / group).is_dir():

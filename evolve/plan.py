@@ -17,7 +17,7 @@ from typing import Any
 
 from evals import BENCHMARKS
 from evolve import sources
-from evolve.config import Config, ConfigError, Sampling, Strategy
+from evolve.config import Config, ConfigError, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -215,11 +215,9 @@ class _Builder:
         if scorer == "reward_model" and self.reward_model:
             return {**inputs, "reward_model": self.reward_model}
         if scorer == "judge" and judge.mode != "none" and judge.model is not None:
-            named = judge.model != "policy"
-            return {
-                **inputs,
-                "judge": self.resolve.model(judge.model, judge.revision, "judge.model") if named else policy,
-            }
+            if judge.model != "policy":
+                policy = self.resolve.model(judge.model, judge.revision, "judge.model")
+            return {**inputs, "judge": policy}
         return inputs
 
     def score(self, scorer: str, answers: Stage, policy: Artefact) -> Stage:
@@ -230,6 +228,12 @@ class _Builder:
     ) -> Stage:
         """`scorer` is for a strategy that looks at scores on the way."""
         config, looks = self.config, strategy.expand == "best" or strategy.stop == "score_drop"
+        if isinstance(config.engine, Server) and config.engine.url and isinstance(model, Stage):
+            raise ConfigError(
+                f"engine.url={config.engine.url}: holds one model, and the ones trained here are to answer too; set "
+                "engine.serve (and engine.url=null), or take engine=hf or engine=vllm, or train nothing (loss=none "
+                "loss.pt=none loss.sft_direct=0)"
+            )
         inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
         return self.add(
             "respond",

@@ -90,7 +90,12 @@ def default_config() -> str:
 def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None:
     if (choice, scale) == ("filter=verifier", "paper"):
         pytest.skip("UltraFeedback has no verifier: refused below")
-    stated = composed(f"scale={scale}", choice)
+    beside = {
+        "engine=openai": ["engine.url=http://localhost:8000/v1"],
+        "judge=server": ["judge.engine.url=http://localhost:8000/v1"],
+        "filter=judge": ["judge=policy"],
+    }
+    stated = composed(f"scale={scale}", choice, *beside.get(choice, []))
     assert leaves(stated).keys() == leaves(config.load(stated).model_dump()).keys()
 
 
@@ -266,6 +271,33 @@ REFUSED = {
     ],
     "model=gpt": ["model=gpt: no such choice", "embedded, gemma2_9b"],
     "experiment=figure9": ["experiment=figure9: no such choice", "figure1"],
+    "engine=openai": ["engine.url, engine.serve: neither is set", "{model} and {port}"],
+    "engine=openai engine.url=http://x/v1 engine.serve=x": ["engine.url, engine.serve: each is set"],
+    "engine=openai engine.url=localhost:8000": [
+        "engine.url=localhost:8000: no such address",
+        "http://localhost:8000/v1",
+    ],
+    "engine=openai engine.url=http://": ["engine.url=http://: no such address"],
+    "engine=openai engine.url=http://me:sesame@x/v1": ["engine.url: holds more than an address", "engine.key"],
+    "engine=openai engine.url=http://x/v1 engine.key=sk-1": ["engine.key: not the name of an environment variable"],
+    "engine=openai engine.url=http://x/v1": [
+        "engine.url=http://x/v1: holds one model, and the ones trained here",
+        "engine.serve",
+        "loss=none loss.pt=none loss.sft_direct=0",
+    ],
+    "engine=openai engine.url=http://x/v1 loss=sft_only": ["holds one model"],
+    "engine=openai engine.url=http://x/v1 loss=grpo": ["holds one model"],
+    "engine=openai engine.url=http://x/v1 engine.endpoint=edits": ["engine.endpoint=edits", "'completions' or 'chat'"],
+    "engine=openai engine.serve='x{port}'": ["engine.serve=x{port}: doesn't say where {model} goes"],
+    "engine=openai engine.serve='x{model}'": ["engine.serve=x{model}: doesn't say where {port} goes"],
+    "filter=judge": ["filter.scorer=judge: judge.name=none", "judge=policy"],
+    "judge=policy eval.scorer=judge": ["eval.scorer=judge", "would measure each model by itself"],
+    "judge=server": ["judge.engine.url, judge.engine.serve: neither is set"],
+    "judge=policy judge.engine.tensor_parallel=2": ["judge.engine.tensor_parallel: not a setting of this choice"],
+    "judge=policy judge.highest=x": ["judge.highest=x: input should be a valid number"],
+    "judge=policy judge.prompt.path=no.txt": ["judge.prompt.path=no.txt: no such file"],
+    "judge=policy_pairwise filter=judge strategy=tree": ["judge.mode=pairwise: compares answers"],
+    "judge=policy engine@judge.engine=vllm filter=judge strategy=tree": ["judge.engine.name=vllm", "take hf"],
     "hydra/launcher=moon": ["hydra/launcher=moon: no such choice", "local", "joblib", "submitit_local"],
 }
 
@@ -276,6 +308,11 @@ def test_refused_in_one_line(tmp_path: Path, overrides: str) -> None:
     assert "\n" not in line
     assert [part for part in REFUSED[overrides] if part not in line] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["engine.url=http://me:sesame@x/v1", "engine.url=http://x/v1 engine.key=sk-sesame"])
+def test_a_refusal_shows_no_secret(tmp_path: Path, wrong: str) -> None:
+    assert "sesame" not in refusal(tmp_path, "engine=openai", *wrong.split())
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -429,6 +466,23 @@ def test_every_other_setting_changes_an_id() -> None:
         if ids(changed(base, **reference, **{key: new})) == ids(changed(base, **reference)):
             unnoticed.append(f"{key}: {value} -> {new}")
     assert unnoticed == []
+
+
+def test_how_a_server_is_reached_never_changes_an_id_and_what_it_is_does() -> None:
+    base = composed("debug=fast", "engine=openai", "engine.serve='serve {model} {port}'")
+    known = ids(config.load(base))
+    runtime = {"key": "MY_KEY", "batch_size": 3, "timeout": 9.5, "retries": 0}
+    for key, value in runtime.items():
+        assert ids(changed(base, **{f"engine.{key}": value})) == known, key
+    other = {"serve": "serve {model} {port} --quantization fp8", "model": "m", "endpoint": "chat", "max_length": 77}
+    for key, value in other.items():
+        assert ids(changed(base, **{f"engine.{key}": value})) != known, key
+    assert {*runtime, *other, "name", "url"} == base["engine"].keys()
+
+    untrained = ("debug=fast", "loss=none", "loss.pt=none", "loss.sft_direct=0", "engine=openai")
+    one, two = (load(*untrained, f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
+    assert ids(one) == ids(two)
+    assert len(stages(one, "respond")) == 1
 
 
 @given(st.floats(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -99,7 +100,6 @@ def answer(
         max_length=config.engine.max_length or config.max_length,
         device=context.device,
     )
-    engine = engines.load(config.engine, task)
     asked, done = len(numbers) * config.strategy.answers, 0
 
     def poll() -> list[engines.Completion]:
@@ -113,6 +113,6 @@ def answer(
         return templates.asking(config.template, prompt, earlier)
 
     prompts = [item.prompt for item in chosen]
-    for place, answers in strategies.run(config.strategy, prompts, config.seed, layout, engine.submit, poll, score):
-        emit(numbers[place], [asdict(answer) for answer in answers])
-    engine.close()
+    with contextlib.closing(engines.load(config.engine, task)) as engine:
+        for place, answers in strategies.run(config.strategy, prompts, config.seed, layout, engine.submit, poll, score):
+            emit(numbers[place], [asdict(answer) for answer in answers])
