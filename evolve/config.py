@@ -585,6 +585,10 @@ class Config(Section):
                 refuse(
                     f"eval.scorer=verifier: data.name={self.data.name} has no verifier; take eval.scorer=reward_model"
                 )
+            if self.eval.select == "verifier" and "test_time" in self.eval.benchmarks:
+                refuse(
+                    f"eval.select=verifier: data.name={self.data.name} has no verifier; take eval.select=reward_model"
+                )
         scorers = {"filter.scorer": self.filter.scorer, "eval.scorer": self.eval.scorer}
         for key, scorer in scorers.items():
             if scorer == "judge" and self.judge.mode == "none":
@@ -611,10 +615,6 @@ class Config(Section):
             )
         if self.data.path == "embedded" and (self.data.gold is not None or self.data.prompt != "prompt"):
             refuse("data.gold, data.prompt: data.path=embedded has no columns; leave them as they are")
-            if self.eval.select == "verifier" and "test_time" in self.eval.benchmarks:
-                refuse(
-                    f"eval.select=verifier: data.name={self.data.name} has no verifier; take eval.select=reward_model"
-                )
         if len(set(self.eval.benchmarks)) < len(self.eval.benchmarks):
             refuse(f"eval.benchmarks={list(self.eval.benchmarks)}: names one twice")
         if "test_time" in self.eval.benchmarks and self.eval.test_time is None:
@@ -722,6 +722,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}: not set; conf/{key.split('.')[0]}/ should give it"
     message = first["msg"].removeprefix("Value error, ")
+    if parts[:1] == ["judge"] and message.startswith("engine."):  # a section that stands in two places
+        message = message.replace("engine.", "judge.engine.")
     if first["type"] == "value_error":
         return message.replace(HERE, key)
     return f"{key}={first['input']}: {message[0].lower()}{message[1:]}"

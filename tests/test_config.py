@@ -417,6 +417,7 @@ def test_every_other_setting_changes_an_id() -> None:
         "strategy.stop",  # of evaluation alone
         "engine.name",
         "judge.name",
+        "judge.mode",
         "eval.benchmarks",
         "eval.test_time",  # of a benchmark that this doesn't run
         "eval.select",  # as test_time
@@ -483,6 +484,44 @@ def test_how_a_server_is_reached_never_changes_an_id_and_what_it_is_does() -> No
     one, two = (load(*untrained, f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
     assert ids(one) == ids(two)
     assert len(stages(one, "respond")) == 1
+
+
+def test_a_judge_decides_the_scores_it_gives() -> None:
+    base = composed("debug=fast", "filter=judge", "judge=policy")
+    known = ids(config.load(base))
+    runtime = {
+        "judge.name": "x",
+        "judge.prompt.name": "x",
+        "judge.engine.batch_size": 3,
+        "judge.engine.processes": 2,
+        "judge.engine.memory_share": 0.5,
+    }
+    decisive = {
+        "judge.prompt.text": "{prompt} {response}",
+        "judge.highest": 10,
+        "judge.samples": 2,
+        "judge.temperature": 0.5,
+        "judge.max_new_tokens": 9,
+        "judge.max_length": 999,
+        "judge.model": base["model"]["path"],
+        "judge.engine.max_length": 998,
+        "seed": 1,
+    }
+    assert ids(changed(base, **runtime)) == known
+    for key, value in decisive.items():
+        other = ids(changed(base, **{key: value}))
+        assert [phase for phase, _ in other] == [phase for phase, _ in known]
+        assert other != known, key
+
+
+def test_the_policy_judges_its_own_answers() -> None:
+    member = plan.build("member", load("debug=fast", "filter=judge", "judge=policy", "iteration.count=2"), RESOLVER)
+    judged = [step.stage for step in member.steps if "judge" in step.stage.inputs]
+    assert len(judged) == 2
+    for score in judged:
+        answers = score.inputs["answers"]
+        assert isinstance(answers, Stage)
+        assert score.inputs["judge"].id == answers.inputs["model"].id
 
 
 @given(st.floats(0, 1))
