@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from evolve import templates
 from evolve.stages import ModelSettings
 
+Ids = tuple[int, ...]
+CPU_TOKENS = 1024  # of a batch: past them a CPU's matrix products gain nothing and its caches lose
+
 
 class Item(NamedTuple):
     """What is scored. `gold` is the data set's reference answer, where it has one."""
@@ -45,7 +48,7 @@ class _Conversations:
 
     That is how the authors of published ones call them (`apply_chat_template`, batches of one, `logits[0][0]`) and what
     vLLM's classification pools. An empty answer is scored as what it is: to leave it out would favour models that
-    fail. A conversation longer than `max_length` has no score.
+    fail. A conversation longer than `max_length` has no score; one that several items share is read once.
     """
 
     def __init__(self, path: Path, read: ModelSettings, max_length: int):
@@ -57,11 +60,15 @@ class _Conversations:
         if labels != 1:
             raise ValueError(f"{path}: a reward model has one output, this has {labels}")
 
-    def __call__(self, items: Sequence[Item]) -> dict[int, list[int]]:
-        """Token ids by the item's index, shortest first; too long ones are left out."""
-        found = {n: templates.conversation(self.tokenizer, item.prompt, item.answer) for n, item in enumerate(items)}
-        order = sorted(found, key=lambda index: len(found[index]))
-        return {index: found[index] for index in order if len(found[index]) <= self.max_length}
+    def __call__(self, items: Sequence[Item]) -> tuple[list[tuple[Ids, list[int]]], list[int]]:
+        """Token ids, shortest first, with the items that have them; and the items that are too long."""
+        found: dict[Ids, list[int]] = {}
+        for index, item in enumerate(items):
+            ids = tuple(templates.conversation(self.tokenizer, item.prompt, item.answer))
+            found.setdefault(ids, []).append(index)
+        short = [entry for entry in found.items() if len(entry[0]) <= self.max_length]
+        long = [index for ids, indices in found.items() if len(ids) > self.max_length for index in indices]
+        return sorted(short, key=lambda entry: len(entry[0])), long
 
 
 def _score(value: float) -> Score:
@@ -87,13 +94,19 @@ class RewardModel:
         self.batch_size, self.device = batch_size, device
 
     def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
-        encoded = self.read(items)
-        yield from ((index, Score(None)) for index in range(len(items)) if index not in encoded)
-        order = list(encoded)
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            values = self._batch([encoded[index] for index in batch])
-            yield from zip(batch, map(_score, values), strict=True)
+        encoded, long = self.read(items)
+        yield from ((index, Score(None)) for index in long)
+        while encoded:
+            size = self._size([len(ids) for ids, _ in encoded[: self.batch_size]])
+            batch, encoded = encoded[:size], encoded[size:]
+            for (_, indices), value in zip(batch, self._batch([ids for ids, _ in batch]), strict=True):
+                yield from ((index, _score(value)) for index in indices)
+
+    def _size(self, lengths: Sequence[int]) -> int:
+        """How many of the next sequences, of rising lengths, make a batch."""
+        if self.device != "cpu":
+            return len(lengths)
+        return max([1, *(n for n, length in enumerate(lengths, 1) if n * length <= CPU_TOKENS)])
 
     def _batch(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         import torch
@@ -140,12 +153,13 @@ class VLLMRewardModel:
     def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
         from vllm import PoolingParams, TokensPrompt
 
-        encoded = self.read(items)
-        yield from ((index, Score(None)) for index in range(len(items)) if index not in encoded)
-        for index, ids in encoded.items():
+        encoded, long = self.read(items)
+        yield from ((index, Score(None)) for index in long)
+        for place, (ids, _) in enumerate(encoded):
             logit = PoolingParams(task="classify", use_activation=False)
-            self.engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), logit)
+            self.engine.add_request(str(place), TokensPrompt(prompt_token_ids=list(ids)), logit)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 made: Any = output.outputs
-                yield int(output.request_id), _score(made.data.item())
+                score = _score(made.data.item())
+                yield from ((index, score) for index in encoded[int(output.request_id)][1])

@@ -139,6 +139,14 @@ def test_what_cannot_be_scored_is_none(one_output):
     assert scores_of(load(one_output), []) == []
 
 
+def test_equal_answers_have_equal_scores(one_output):
+    """Which of two equals is better must not be a matter of rounding in unequal batches."""
+    items = [ITEMS[0], *ITEMS, ITEMS[3], ITEMS[0]]
+    values = values_of(load(one_output, batch=2), items)
+    assert values[0] == values[1] == values[-1] and values[4] == values[-2]
+    assert values[1:-2] == values_of(load(one_output, batch=2), ITEMS)
+
+
 def test_a_model_of_two_outputs_is_refused(save):
     with pytest.raises(ValueError, match="one output, this has 2"):
         load(save(labels=2))
