@@ -38,6 +38,16 @@ def template() -> Template:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A random Llama with the world's tokenizer; its large weights make every answer's probabilities far from equal."""
+    return random_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory) -> Path:
+    """The same with wider heads, the smallest that vLLM runs on a CPU."""
+    return random_llama(tmp_path_factory.mktemp("wide"), head_dim=32)
+
+
+def random_llama(folder: Path, **settings) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,17 +61,16 @@ def tiny(tmp_path_factory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that vLLM runs on a CPU
         max_position_embeddings=256,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

