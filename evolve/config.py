@@ -41,6 +41,10 @@ class ConfigError(Exception):
     """A setting that can't be run, as one line: what is wrong, where, what to do."""
 
 
+def refuse(what: str) -> None:
+    raise ValueError(what)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
@@ -296,7 +300,9 @@ class RewardModel(Section):
     epochs: Positive
     batch_size: Positive
     micro_batch: Annotated[Positive, RUNTIME]
-    engine: Annotated[Literal["hf", "vllm"], RUNTIME] = "hf"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    trust_remote_code: bool = False
+    engine: Literal["hf", "vllm"] = "hf"
     processes: Annotated[Positive, RUNTIME] = 1
     memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
 
@@ -568,13 +574,11 @@ class Config(Section):
     def trains_reward_model(self) -> bool:
         return self.uses_reward_model and self.reward_model.path is None
 
+    # Settings that are each allowed, and contradict one another.
+
     @model_validator(mode="after")
-    def _agrees(self) -> Config:
-        """Settings that are each allowed, and contradict one another."""
-
-        def refuse(what: str) -> None:
-            raise ValueError(what)
-
+    def _scorers_agree(self) -> Config:
+        """Who scores, and what there is to score by."""
         if self.data.verifier is None:
             if self.filter.scorer == "verifier":
                 refuse(
@@ -593,6 +597,12 @@ class Config(Section):
         for key, scorer in scorers.items():
             if scorer == "judge" and self.judge.mode == "none":
                 refuse(f"{key}=judge: judge.name=none; take judge=policy, judge=policy_pairwise or judge=server")
+        engines = {"engine": self.engine} | ({"judge.engine": self.judge.engine} if self.judge.mode != "none" else {})
+        for key, engine in engines.items():
+            if engine.name == "openai" and engine.url and engine.model is None:
+                refuse(
+                    f"{key}.model: not set; of a server that runs, its name is all that tells one model from another"
+                )
         if self.judge.mode != "none":
             if self.eval.scorer == "judge" and self.judge.model == "policy":
                 refuse(
@@ -604,10 +614,16 @@ class Config(Section):
             )
             if looks and self.judge.mode == "pairwise":
                 refuse("judge.mode=pairwise: compares answers, and strategy.expand or eval.stop scores them one by one")
+            looks = looks or (self.loss.pt == "rewards" and self.filter.scorer == "judge")
             if looks and self.judge.engine.name == "vllm":
                 refuse(
-                    "judge.engine.name=vllm: strategy.expand or eval.stop needs the judge beside the policy; take hf"
+                    "judge.engine.name=vllm: strategy.expand, eval.stop or loss.pt has it beside the policy; take hf"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_agrees(self) -> Config:
+        """What is measured, on what data."""
         if self.data.verifier in ("math", "exact") and self.data.gold is None:
             refuse(
                 f"data.verifier={self.data.verifier}: compares with a reference answer; set data.gold to the "
@@ -624,6 +640,11 @@ class Config(Section):
                 f"eval.test_time.stop={self.eval.test_time.stop}: its curves are by the number of answers, so all are "
                 "made; eval.stop is of the benchmark refinement"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _training_agrees(self) -> Config:
+        """What is trained on, by which loss."""
         if self.loss.pt == "rewards" and self.filter.scorer == "none":
             refuse(
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "

@@ -19,10 +19,12 @@ from statistics import fmean
 from evolve import strategies, templates
 from evolve.config import Judge as Settings
 from evolve.engines import Completion, Engine, Request
-from evolve.scorers import Item, Score
+from evolve.scorers import TOKENS, Item, Score
 
-GRADE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-VERDICT = re.compile(r"verdict\W*(a|b|tie)\b", re.IGNORECASE)
+# A line that says so, marked up or not: "**Score (0-5):** 4/5", "Verdict: [[A]]". What only speaks of a score is none.
+GRADE = re.compile(r"^\W*score\s*(?:\([^)\n]*\))?\W*:\W*?(-?\d+(?:\.\d+)?)\b", re.IGNORECASE | re.MULTILINE)
+VERDICT = re.compile(r"^\W*verdict\W*:\W*(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+UNREAD = {"stop": "verdicts unread", "length": "verdicts cut off", "too long": "not asked: too long for the judge"}
 WINS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # of the answer shown first
 
 
@@ -69,19 +71,20 @@ class Judge:
                         yield index, Score(fmean(points[index]) if points[index] else None, counts=counts[index])
 
     def _count(self, call: _Call, completion: Completion, points: list[list[float]], counts: Counter[str]) -> None:
-        counts["judge's tokens"] += completion.tokens
+        counts[TOKENS] += completion.tokens
         counts["verdicts"] += 1
-        if self.settings.mode == "graded":
-            point = grade(completion.text, self.settings.highest or 0)
-        else:
-            point = verdict(completion.text)
-        if point is None:
-            counts["verdicts unread" if completion.end != "too long" else "not asked: too long for the judge"] += 1
+        graded = self.settings.mode == "graded"
+        point = grade(completion.text, self.settings.highest or 0) if graded else verdict(completion.text)
+        if point is None or completion.end != "stop":
+            counts[UNREAD[completion.end]] += 1
             return
         points[call.shown[0]].append(point)
         if self.settings.mode == "pairwise":
             points[call.shown[1]].append(1 - point)
             counts["ties" if point == 0.5 else f"wins of the answer shown {'first' if point else 'second'}"] += 1
+
+    def close(self) -> None:
+        self.engine.close()
 
     def _graded(self, items: Sequence[Item]) -> Iterator[_Call]:
         for number, item in enumerate(items):

@@ -75,7 +75,7 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
     try:
-        return Planned(graph, store, plan.judge(graph, store), resolver.warnings)
+        return Planned(graph, store, plan.compare(graph, store), resolver.warnings)
     except OSError as error:
         raise ConfigError(f"output={configs[0].output}: can't be read ({error.strerror})") from None
 

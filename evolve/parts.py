@@ -2,7 +2,7 @@
 
 A part is a file in the stage's partial folder that one process alone appends to: a line for each row that is finished,
 led by the line's own checksum, so that a line half written when its process was killed is seen and made again. Which
-process makes a row, and in which attempt, changes nothing in it.
+process makes a row, and in which attempt, is to change nothing in it (but for rounding, where work is batched).
 """
 
 from __future__ import annotations

@@ -73,11 +73,12 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
             "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install 'evolve-harness[deepspeed]', or take "
             "trainer=fsdp"
         )
-    if config.reward_model.engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError(
-            "reward_model.engine=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take "
-            "reward_model.engine=hf"
-        )
+    engines = {"engine.name": config.engine.name, "reward_model.engine": config.reward_model.engine}
+    if config.judge.mode != "none":
+        engines["judge.engine.name"] = config.judge.engine.name
+    for key, name in engines.items():
+        if name == "vllm" and find_spec("vllm") is None:
+            raise ConfigError(f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf")
     builder = _Builder(config, resolve)
     builder.loop()
     return Member(name, config, tuple(builder.steps))
@@ -195,17 +196,23 @@ class _Builder:
         """A scorer's settings: of the stage `score`, and of a strategy that looks at scores on the way."""
         config = self.config
         judge = config.judge if scorer == "judge" and config.judge.mode != "none" else None
-        own = judge.model == "policy" if judge else config.reward_model.path is None
+        rewards = config.reward_model
+        own = judge.model == "policy" if judge else rewards.path is None
+        # A model from outside brings its own chat template; one trained here has the policy's.
+        outside = ModelSettings(
+            dtype=config.model.dtype if judge else rewards.dtype or config.model.dtype,
+            chat_template=None,
+            trust_remote_code=not judge and rewards.trust_remote_code,
+        )
         return {
             "scorer": scorer,
             "verifier": config.data.verifier if scorer == "verifier" else None,
-            # A model from outside brings its own chat template; one trained here has the policy's.
-            "model": None if scorer == "verifier" else self.read if own else self.read.model_copy(update=NO_TEMPLATE),
+            "model": None if scorer == "verifier" else self.read if own else outside,
             "max_length": judge.max_length if judge else config.data.max_length,
-            "batch_size": 4 * config.reward_model.micro_batch,
-            "engine": config.reward_model.engine,
-            "processes": config.reward_model.processes,
-            "memory_share": config.reward_model.memory_share,
+            "batch_size": 4 * rewards.micro_batch,
+            "processes": rewards.processes,
+            "memory_share": rewards.memory_share,
+            **({"engine": rewards.engine} if scorer == "reward_model" else {}),
             **({"judge": judge, "seed": config.seed} if judge else {}),
         }
 
@@ -264,7 +271,7 @@ class _Builder:
                 needs.protocol,
                 *([f"template {config.template.name}"] if refines else []),
                 f"temperature {config.eval.temperature:g}",
-                *(f"{VERBS[use]} by {self.judge(scorer)}" for use, scorer in needs.scorers.items()),
+                *(f"{VERBS[use]} by {self.scorer_name(scorer)}" for use, scorer in needs.scorers.items()),
             ]
             self.add(
                 "evaluate",
@@ -274,7 +281,7 @@ class _Builder:
                 **needs.settings,
             )
 
-    def judge(self, scorer: str) -> str:
+    def scorer_name(self, scorer: str) -> str:
         """A scorer's name, to quote numbers with."""
         config = self.config
         if scorer == "judge" and config.judge.mode != "none":
@@ -379,7 +386,6 @@ class _Builder:
         )
 
 
-NO_TEMPLATE = {"chat_template": None}
 VERBS = {"scores": "scored", "select": "selected"}  # what an evaluation takes a scorer's scores for
 
 
@@ -392,7 +398,7 @@ class Verdict:
     seconds: float | None = None  # expected, from earlier records of its kind; None: nothing to go by
 
 
-def judge(graph: Graph, store: Store) -> dict[str, Verdict]:
+def compare(graph: Graph, store: Store) -> dict[str, Verdict]:
     """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has."""
     records = {node.id: store.record(node) for node in graph.stages.values()}
     others: dict[str, list[dict[str, Any]]] = {}

@@ -24,6 +24,7 @@ from evolve.config import ROOT, ConfigError
 from evolve.store import ended, this_process
 
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")  # what a process says when another dies
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Died(RuntimeError):
@@ -45,13 +46,16 @@ class Call:
         launcher: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ):
+        self._several = bool(launcher)
         self._scratch = tempfile.TemporaryDirectory()
         self._folder = Path(self._scratch.name)
         (self._folder / "call").write_bytes(pickle.dumps((function, tuple(arguments), this_process())))
+        # A cluster's launcher, or this process's own, may have left word of a group that this one is not part of.
+        inherited = {name: value for name, value in os.environ.items() if launcher or name not in GROUP}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, *launcher, "-m", "evolve.processes", str(self._folder)],
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={**inherited, "PYTHONPATH": path, **(environment or {})},
             start_new_session=True,
         )
 
@@ -73,7 +77,7 @@ class Call:
         errors = sorted(self._folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         found = json.loads(errors[0].read_text()) if errors else {}
         text = found.get("text", "")
-        if self._process.returncode and (not text or any(sign in text for sign in PEER_GONE)):
+        if self._process.returncode and (not text or (self._several and any(sign in text for sign in PEER_GONE))):
             raise Died("it ended with no error of its own (out of memory?)")
         if text:
             raise (ValueError if found["known"] else RuntimeError)(text)

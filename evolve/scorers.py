@@ -18,6 +18,9 @@ Ids = tuple[int, ...]
 CPU_TOKENS = 1024  # of a batch: past them a CPU's matrix products gain nothing and its caches lose
 
 
+TOKENS = "tokens of the judge"  # among a score's counts
+
+
 class Item(NamedTuple):
     """What is scored. `gold` is the data set's reference answer, where it has one."""
 
@@ -41,6 +44,9 @@ class Score:
 class Scorer(Protocol):
     def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
         """(an item's index, its score) for each item, in the order in which they are made."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
 
 
 class _Conversations:
@@ -96,11 +102,16 @@ class RewardModel:
     def __call__(self, items: Sequence[Item]) -> Iterator[tuple[int, Score]]:
         encoded, long = self.read(items)
         yield from ((index, Score(None)) for index in long)
-        while encoded:
-            size = self._size([len(ids) for ids, _ in encoded[: self.batch_size]])
-            batch, encoded = encoded[:size], encoded[size:]
+        first = 0
+        while first < len(encoded):
+            batch = encoded[first : first + self.batch_size]
+            batch = batch[: self._size([len(ids) for ids, _ in batch])]
+            first += len(batch)
             for (_, indices), value in zip(batch, self._batch([ids for ids, _ in batch]), strict=True):
                 yield from ((index, _score(value)) for index in indices)
+
+    def close(self) -> None:
+        del self.model
 
     def _size(self, lengths: Sequence[int]) -> int:
         """How many of the next sequences, of rising lengths, make a batch."""
@@ -163,3 +174,6 @@ class VLLMRewardModel:
                 made: Any = output.outputs
                 score = _score(made.data.item())
                 yield from ((index, score) for index in encoded[int(output.request_id)][1])
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from evolve.config import Strategy
 from evolve.engines import Completion, Request
@@ -136,6 +137,7 @@ def run(
     submit: Callable[[list[Request]], None],
     poll: Callable[[], Iterable[Completion]],
     score: Callable[[str, str], float] | None = None,
+    window: int | None = None,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Runs the strategy on each prompt; yields (prompt's index, its answers in the order they were asked) when done.
 
@@ -143,8 +145,11 @@ def run(
         layout: (prompt, earlier answers) -> messages.
         submit, poll: an engine's: hand over requests; wait for some completions (none: nothing is under way).
         score: (prompt, answer) -> score, for a strategy that looks at scores on the way.
+        window: how many prompts are under way at once, at most, so that prompts are finished, and can be kept, long
+            before the last one is begun. None: all.
     """
-    scripts: list[Script] = []
+    scripts: dict[int, Script] = {}
+    opening = iter(range(len(prompts)))
     made: list[list[Answer]] = [[] for _ in prompts]
     pending: list[dict[int, Ask]] = [{} for _ in prompts]
     arrived: list[dict[int, Answer]] = [{} for _ in prompts]
@@ -164,11 +169,16 @@ def run(
             requests.append(Request((index, number), messages, seed(base_seed, prompt, number)))
         return requests
 
-    following: list[Request] = []
-    for index, prompt in enumerate(prompts):
-        judge = (lambda answer, prompt=prompt: score(prompt, answer.text)) if score else _unscored
-        scripts.append(STRATEGIES[strategy.name](strategy, judge))
-        following += ask(index, next(scripts[index]))
+    def begin() -> list[Request]:
+        requests: list[Request] = []
+        for index in islice(opening, len(prompts) if window is None else window - len(scripts)):
+            prompt = prompts[index]
+            judge = (lambda answer, prompt=prompt: score(prompt, answer.text)) if score else _unscored
+            scripts[index] = STRATEGIES[strategy.name](strategy, judge)
+            requests += ask(index, next(scripts[index]))
+        return requests
+
+    following = begin()
     while True:
         if following:
             submit(following)
@@ -192,7 +202,10 @@ def run(
             try:
                 following += ask(index, scripts[index].send(answers))
             except StopIteration:
+                del scripts[index]
                 yield index, made[index]
+                made[index] = []
+                following += begin()
 
 
 def _unscored(answer: Answer) -> float:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from evolve import world
@@ -37,6 +37,9 @@ class Verifier:
 
     def extract(self, answer: str) -> str | None:
         raise NotImplementedError
+
+    def close(self) -> None:
+        pass
 
 
 class Ledger(Verifier):
@@ -63,7 +66,7 @@ class Exact(Verifier):
 
     def extract(self, answer: str) -> str | None:
         lines = answer.strip().splitlines() or [""]
-        stated = re.findall(r"####(.*)|answer is:?(.*)", answer, re.IGNORECASE)
+        stated = re.findall(r"####(.*)|answer is:?(.*?)(?:\.\s|$)", answer, re.IGNORECASE | re.MULTILINE)
         marked = [first for first, _ in stated if first] or [second for _, second in stated if second]
         boxed = _boxed(answer)
         return _plain(boxed if boxed is not None else (marked or lines)[-1]) or None
@@ -157,7 +160,7 @@ def load(name: str) -> Verifier:
 # ---- the process that Math asks: lines of JSON in and out, until its input ends
 
 
-@cache
+@lru_cache(8)  # a row's answers share their gold
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 

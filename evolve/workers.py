@@ -7,6 +7,7 @@ used a GPU ends after its stage, so that the memory comes back. A worker dies wi
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -72,8 +73,7 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
             inputs = {name: store.open(item) for name, item in stage.inputs.items()}
             with store.build(stage) as folder:
                 context = Context(_device(setting.resources.device), progress, store.partial(stage.id))
-                processes = getattr(stage.config, "processes", 1)
-                if processes > 1:
+                if (processes := getattr(stage.config, "ranks", 1)) > 1:
                     report = ranks.run(stage, inputs, folder, context, processes)
                 else:
                     report = module(stage.kind).run(stage.config, inputs, folder, context)
@@ -157,6 +157,10 @@ class Inline:
 
     def start(self, stage: Stage) -> None:
         self._outcome.append((stage.id, run_logged(stage, self.setting, lambda done, total: None)))
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():  # the next stage may need it all
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def wait(self, seconds: float) -> list[tuple[str, Outcome | Progress]]:
         if not self._outcome:

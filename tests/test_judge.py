@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from evolve import config, judge
 from evolve.engines import Completion
 from evolve.judge import Judge
-from evolve.scorers import Item
+from evolve.scorers import TOKENS, Item
 
 
 def settings(name="policy", **changed):
@@ -49,14 +49,17 @@ def scores(judge, items):
     [
         ("Good.\nScore: 4", 4.0),
         ("**Score:** 3.5/5", 3.5),
-        ("score is 2... no, Score: 5.", 5.0),
+        ("The score is 2, no...\nScore: 5.", 5.0),
+        ("Score (0-5): 4", 4.0),
+        ("My score: 4", None),
+        ("A high score of 5 points.", None),
         ("Score: 1\nScore: 0", 0.0),
         ("Score: 6", None),
         ("Score: -1", None),
         ("Score: N", None),
         ("4", None),
         ("", None),
-        ("SCORE = 5 points", 5.0),
+        ("SCORE : 5 points", 5.0),
     ],
 )
 def test_a_grade_is_read(text, value):
@@ -68,7 +71,8 @@ def test_a_grade_is_read(text, value):
     [
         ("Verdict: A", 1.0),
         ("A is fine.\n**Verdict: B**", 0.0),
-        ("verdict - tie", 0.5),
+        ("verdict: tie", 0.5),
+        ("Verdict: a close call, I'd say B", None),
         ("Verdict: A\nVerdict: B", 0.0),
         ("Verdict: Answer A", None),
         ("Verdict: [[A]]", 1.0),
@@ -90,7 +94,7 @@ def test_a_score_is_the_mean_of_the_grades_that_can_be_read():
     engine = Says(say)
     found = scores(Judge(settings(), engine, 0), [Item("q", answer) for answer in words])
     assert [score.value for score in found] == [3.5, None, 0.0]
-    assert found[0].counts == {"judge's tokens": 21, "verdicts": 3, "verdicts unread": 1}
+    assert found[0].counts == {TOKENS: 21, "verdicts": 3, "verdicts unread": 1}
     assert found[1].counts["verdicts unread"] == 3
     assert len({request.seed for request in engine.asked}) == 9
 
@@ -101,6 +105,13 @@ def test_what_an_answer_says_about_braces_stays():
     (asked,) = engine.asked
     assert "what is {response}?" in asked.messages[0]["content"]
     assert "it is {prompt} or {first}" in asked.messages[0]["content"]
+
+
+def test_a_verdict_that_was_cut_off_does_not_count():
+    engine = Says(lambda text, seed: ("Score: 4\nbut then", 9, "length"))
+    (found,) = scores(Judge(settings(), engine, 0), [Item("q", "a")])
+    assert found.value is None
+    assert found.counts["verdicts cut off"] == 3
 
 
 def test_what_is_too_long_for_the_judge_has_no_score_and_is_counted():

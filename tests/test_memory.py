@@ -70,5 +70,5 @@ def test_a_model_that_does_not_fit_at_all_says_what_else_to_do(tiny):
 
 def test_a_context_that_the_model_does_not_read_is_refused(tiny):
     memory.check(HF(name="hf", batch_size=1), task(tiny, length=256))
-    with pytest.raises(ValueError, match=r"engine\.max_length \(or data\.max_length\)=257: .* reads 256 tokens"):
+    with pytest.raises(ValueError, match=r"max_length=257 \(of engine or data\): .* reads 256 tokens"):
         engines.load(HF(name="hf", batch_size=1), task(tiny, length=257))

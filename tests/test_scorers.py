@@ -159,7 +159,11 @@ def test_a_model_of_two_outputs_is_refused(save):
 def answered(tmp_path):
     """answers.jsonl of nine prompts, two answers each but for one that has none."""
     rows = [
-        {"id": str(n), "prompt": item.prompt, "answers": [{"text": ITEMS[n + k].answer} for k in range(2 if n else 0)]}
+        {
+            "id": str(n),
+            "prompt": item.prompt,
+            "answers": [{"text": ITEMS[n + k].answer, "end": "stop"} for k in range(2 if n else 0)],
+        }
         for n, item in enumerate(ITEMS[:9])
     ]
     write_rows(tmp_path / "answers.jsonl", rows)

@@ -4,8 +4,9 @@
     poll()             wait until some are done, return them; [] when nothing is under way
     close()            give back memory
 
-A request is messages and a seed. An engine draws each answer from its request's own seed (draw.py), so that results
-don't depend on what else is in the batch; hf and vllm draw the same tokens from the same seed where their logits agree.
+A request is messages and a seed. An engine draws each answer from its request's own seed (draw.py), so that what else
+is in the batch changes an answer only where it changes how logits are rounded: in float32 all but never, in bfloat16
+sooner or later. hf and vllm draw the same tokens from the same seed where their logits agree.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def load(settings: HF | VLLM | Server, task: Task) -> Engine:
-    """The engine that `engine=` names, with the task's model loaded.
+def load(settings: HF | VLLM | Server, task: Task, section: str = "engine") -> Engine:
+    """The engine that `section` of the configuration names, with the task's model loaded.
 
     Raises ValueError, before weights are loaded, if the model or its context can't be held.
     """
@@ -83,7 +84,7 @@ def load(settings: HF | VLLM | Server, task: Task) -> Engine:
         return OpenAIEngine(settings, task)
     from evolve.engines import memory
 
-    memory.check(settings, task)
+    memory.check(settings, task, section)
     if settings.name == "vllm":
         from evolve.engines.vllm import VLLMEngine
 

@@ -26,7 +26,11 @@ def _config(model: Path, trust_remote_code: bool) -> Any:
 def parameters(model: Path) -> int:
     """How many weights a folder's safetensors hold, read from their headers."""
     count = 0
+    index = model / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else None
     for file in model.glob("*.safetensors"):
+        if named is not None and file.name not in named:
+            continue  # the same weights again, in another layout
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         count += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
@@ -56,46 +60,59 @@ def per_sequence(task: Task) -> int:
     return per_token(task) * task.max_length
 
 
-def available(device: str) -> int:
-    """Bytes free on this machine's CPU, or on one of its GPUs."""
+def available(settings: HF | VLLM, device: str) -> int:
+    """Bytes that an engine may take of the CPU's memory or of a GPU's: its share of what is free.
+
+    vllm takes a share of all that a GPU has. Raises ValueError if so much is not free.
+    """
     if device == "cpu":
         import psutil
 
-        return int(psutil.virtual_memory().available)
+        return int(settings.memory_share * psutil.virtual_memory().available)
     import torch
 
-    return int(torch.cuda.mem_get_info()[0])
+    free, total = torch.cuda.mem_get_info()
+    if settings.name == "hf":
+        return int(settings.memory_share * free)
+    wanted = int(settings.memory_share * total)
+    if wanted > free:
+        raise ValueError(
+            f"memory_share={settings.memory_share:g}: vLLM would take {wanted / GIB:.2f} GiB of the GPU's "
+            f"{total / GIB:.2f}, and {free / GIB:.2f} are free; at most {free / total:.2f} is possible"
+        )
+    return wanted
 
 
-def check(settings: HF | VLLM, task: Task) -> None:
+def check(settings: HF | VLLM, task: Task, section: str = "engine") -> None:
     """Raises ValueError, with the sum, if the weights and the context don't fit, or the model reads no such context.
 
-    hf holds the keys and values of a whole batch; vllm needs room for one sequence and takes what is left.
+    hf holds the keys and values of a whole batch; vllm needs room for one sequence and takes what is left. `section` is
+    the one of the configuration that an error names.
     """
     config = _config(task.folder, task.read.trust_remote_code)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and task.max_length > positions:
         raise ValueError(
-            f"engine.max_length (or data.max_length)={task.max_length}: the model in {task.folder} reads {positions} "
+            f"max_length={task.max_length} (of {section} or data): the model in {task.folder} reads {positions} "
             "tokens; set one no larger"
         )
     batch = settings.batch_size if settings.name == "hf" else 1
     devices, quantised = (settings.tensor_parallel, settings.quantization) if settings.name == "vllm" else (1, None)
     need = weights(settings, task), batch * per_sequence(task)
-    free = available(task.device) * settings.memory_share * (1 if task.device == "cpu" else devices)
+    free = available(settings, task.device) * (1 if task.device == "cpu" else devices)
     if sum(need) <= free:
         return
     where = "the memory" if task.device == "cpu" else f"the memory of {devices} GPU{'s' * (devices > 1)}"
     fitting = int((free - need[0]) // per_sequence(task))
     if settings.name == "hf" and fitting >= 1:
-        remedy = f"engine.batch_size={fitting} would fit"
+        remedy = f"{section}.batch_size={fitting} would fit"
     elif settings.name == "vllm":
-        remedy = "raise engine.tensor_parallel, or set engine.quantization or a smaller data.max_length"
+        remedy = f"raise {section}.tensor_parallel, or set {section}.quantization or a smaller max_length"
     else:
-        remedy = "take a smaller model or a smaller data.max_length, or engine=vllm with engine.tensor_parallel"
+        remedy = "take a smaller model or a smaller max_length, or engine=vllm with tensor_parallel"
     raise ValueError(
         f"the model doesn't fit: weights {need[0] / GIB:.2f} GiB ({parameters(task.folder):,} in {task.read.dtype}"
         f"{', ' + quantised if quantised else ''}) + keys and values {need[1] / GIB:.2f} GiB "
         f"({batch} x {task.max_length} tokens x {per_token(task):,} bytes) = {sum(need) / GIB:.2f} GiB, and "
-        f"engine.memory_share={settings.memory_share:g} of {where} that is free is {free / GIB:.2f} GiB; {remedy}"
+        f"{section}.memory_share={settings.memory_share:g} of {where} is {free / GIB:.2f} GiB; {remedy}"
     )

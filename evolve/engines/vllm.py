@@ -16,7 +16,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from evolve.config import VLLM, Sampling
@@ -40,6 +39,8 @@ def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
         "seed": 0,
     }
     if task.device == "cpu":
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
         size, sizes = memory.head_size(task), CPUAttentionBackend.get_supported_head_sizes()
         if size not in sizes:
             raise ValueError(f"engine=vllm: on a CPU it runs heads of {sizes}, the model has {size}; take engine=hf")
@@ -47,9 +48,13 @@ def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         room = settings.batch_size * memory.per_sequence(task)
-        most = int(settings.memory_share * memory.available(task.device)) - memory.weights(settings, task)
+        most = memory.available(settings, task.device) - memory.weights(settings, task)
         # Compiling takes a minute and gains nothing on a CPU; its default block is too large to share a prompt's start.
-        common |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": min(room, most)}
+        common |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": max(min(room, most), memory.per_sequence(task)),
+        }
     return common
 
 

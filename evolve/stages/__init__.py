@@ -85,8 +85,8 @@ class Fitting(Section):
     seed: int
 
     @property
-    def processes(self) -> int:
-        """How many processes, each with a device, run the stage together."""
+    def ranks(self) -> int:
+        """How many processes, each with a device, run the stage together (ranks.py)."""
         return self.optimiser.devices
 
 

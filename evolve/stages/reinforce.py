@@ -7,6 +7,7 @@ transformers' draws the answers here, from the weights in training, and on one d
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,33 +74,34 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         max_length=config.max_length,
         device=context.device,
     )
-    rollouts = reinforce.Rollouts(
-        HFEngine(task, config.generation_batch, model),
-        load_scorer(config.scorer, inputs, context),
-        encoded,
-        {row["prompt"]: row.get("gold") for row in rows},
-        answers=config.answers,
-        seed=config.seed,
-        keep_unfinished=config.unfinished == "keep",
-    )
-    model.config.name_or_path = str(inputs.get("reference", inputs["model"]))  # where TRL loads the KL term's from
-    loaded = time.monotonic()
-    trained = reinforce.train(
-        model,
-        tokenizer,
-        prompts,
-        rollouts,
-        config.loss,
-        config.optimiser,
-        temperature=config.sampling.temperature,
-        max_new_tokens=config.max_new_tokens,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        bf16=config.model.dtype == "bfloat16",
-        trust_remote_code=config.model.trust_remote_code,
-        device=context.device,
-        on_step=context.progress,
-    )
+    with contextlib.closing(load_scorer(config.scorer, inputs, context)) as scorer:
+        rollouts = reinforce.Rollouts(
+            HFEngine(task, config.generation_batch, model),
+            scorer,
+            encoded,
+            {row["prompt"]: row.get("gold") for row in rows},
+            answers=config.answers,
+            seed=config.seed,
+            keep_unfinished=config.unfinished == "keep",
+        )
+        model.config.name_or_path = str(inputs.get("reference", inputs["model"]))  # where TRL loads the KL term's from
+        loaded = time.monotonic()
+        trained = reinforce.train(
+            model,
+            tokenizer,
+            prompts,
+            rollouts,
+            config.loss,
+            config.optimiser,
+            temperature=config.sampling.temperature,
+            max_new_tokens=config.max_new_tokens,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            bf16=config.model.dtype == "bfloat16",
+            trust_remote_code=config.model.trust_remote_code,
+            device=context.device,
+            on_step=context.progress,
+        )
     counts = rollouts.counts
     if not counts[reinforce.DIFFER]:
         raise ValueError(

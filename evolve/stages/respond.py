@@ -84,8 +84,9 @@ def answer(
     config, inputs, items = argument
     chosen = [items[number] for number in numbers]
     score = None
+    opened = contextlib.ExitStack()
     if config.scorer is not None:
-        scorer = load_scorer(config.scorer, inputs, context)
+        scorer = opened.enter_context(contextlib.closing(load_scorer(config.scorer, inputs, context)))
         gold = {item.prompt: item.gold for item in chosen}
 
         def score(prompt: str, answer: str) -> float:
@@ -113,6 +114,10 @@ def answer(
         return templates.asking(config.template, prompt, earlier)
 
     prompts = [item.prompt for item in chosen]
-    with contextlib.closing(engines.load(config.engine, task)) as engine:
-        for place, answers in strategies.run(config.strategy, prompts, config.seed, layout, engine.submit, poll, score):
+    with opened:
+        engine = opened.enter_context(contextlib.closing(engines.load(config.engine, task)))
+        window = 4 * config.engine.batch_size
+        for place, answers in strategies.run(
+            config.strategy, prompts, config.seed, layout, engine.submit, poll, score, window
+        ):
             emit(numbers[place], [asdict(answer) for answer in answers])

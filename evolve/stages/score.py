@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from evolve import parts, verifiers
 from evolve.config import RUNTIME, Judge, Sampling, Section
-from evolve.scorers import Item, RewardModel, Score, Scorer, VLLMRewardModel
+from evolve.scorers import TOKENS, Item, RewardModel, Score, Scorer, VLLMRewardModel
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.store import Report
 
 VERSION = 2
+ROWS = 256  # that are scored together
 
 
 class Config(Section):
@@ -22,7 +24,7 @@ class Config(Section):
     model: ModelSettings | None  # of a reward model or judge
     max_length: int
     batch_size: Annotated[int, RUNTIME]
-    engine: Annotated[Literal["hf", "vllm"], RUNTIME] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
     processes: Annotated[int, RUNTIME] = 1
     memory_share: Annotated[float, RUNTIME] = 0.9
     judge: Judge | None = None
@@ -52,11 +54,11 @@ def load_scorer(config: Config, inputs: Mapping[str, Path], context: Context, en
             read=config.model,
             sampling=Sampling(temperature=config.judge.temperature, top_k=0, top_p=1.0),
             max_new_tokens=config.judge.max_new_tokens,
-            max_length=config.max_length,
+            max_length=config.judge.engine.max_length or config.max_length,
             device=context.device,
         )
         assert config.seed is not None
-        return judge.Judge(config.judge, engines.load(config.judge.engine, task), config.seed)
+        return judge.Judge(config.judge, engines.load(config.judge.engine, task, "judge.engine"), config.seed)
     if engine == "vllm":
         return VLLMRewardModel(
             inputs["reward_model"],
@@ -90,8 +92,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     counts: Counter[str] = Counter()
     for score in flat:
         counts.update(score.counts)
+    tokens = {"generated": counts.pop(TOKENS)} if TOKENS in counts else {}
     unscored = sum(score.value is None for score in flat)
-    return Report(dropped={"answers without a score": unscored}, values={"answers": len(flat), **counts})
+    return Report(dropped={"answers without a score": unscored}, tokens=tokens, values={"answers": len(flat), **counts})
 
 
 def grade(
@@ -100,23 +103,38 @@ def grade(
     emit: parts.Emit,
     context: Context,
 ) -> None:
-    """Emits the scores of the answers in the rows of these numbers."""
+    """Emits the scores of the answers in the rows of these numbers. An answer that was not made has none."""
     config, inputs, rows = argument
-    scorer = load_scorer(config, inputs, context, config.engine)
-    items: list[Item] = []
-    owners: list[tuple[int, int]] = []  # of each item: its row, and its place in it
-    for number in numbers:
-        row = rows[number]
-        if not row["answers"]:
-            emit(number, [])
-        for place, answer in enumerate(row["answers"]):
-            items.append(Item(row["prompt"], answer["text"], row.get("gold")))
-            owners.append((number, place))
-    found: dict[int, dict[int, Score]] = {number: {} for number in numbers}
-    for done, (index, score) in enumerate(scorer(items), 1):
-        number, place = owners[index]
-        here = found[number]
-        here[place] = score
-        if len(here) == len(rows[number]["answers"]):
-            emit(number, [[here[place].value, here[place].correct, here[place].counts] for place in sorted(here)])
-        context.progress(done, len(items))
+    answers = sum(len(rows[number]["answers"]) for number in numbers)
+    done = 0
+    with contextlib.closing(load_scorer(config, inputs, context, config.engine)) as scorer:
+        # Some rows at a time: sorted by length as a whole, no row would be finished before nearly all are.
+        for first in range(0, len(numbers), ROWS):
+            some = numbers[first : first + ROWS]
+            places = [
+                (number, place)
+                for number in some
+                for place, answer in enumerate(rows[number]["answers"])
+                if answer["end"] != "too long"
+            ]
+            items = [
+                Item(rows[number]["prompt"], rows[number]["answers"][place]["text"], rows[number].get("gold"))
+                for number, place in places
+            ]
+            found = {number: [Score(None)] * len(rows[number]["answers"]) for number in some}
+            left = Counter(number for number, _ in places)
+            for number in some:
+                if not left[number]:
+                    emit(number, [_values(score) for score in found[number]])
+            for index, score in scorer(items):
+                number, place = places[index]
+                found[number][place] = score
+                left[number] -= 1
+                if not left[number]:
+                    emit(number, [_values(score) for score in found[number]])
+                done += 1
+                context.progress(done, answers)
+
+
+def _values(score: Score) -> list[Any]:
+    return [score.value, score.correct, score.counts]
