@@ -76,8 +76,8 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
     engines = {"engine.name": config.engine.name, "reward_model.engine": config.reward_model.engine}
     if config.judge.mode != "none":
         engines["judge.engine.name"] = config.judge.engine.name
-    for key, name in engines.items():
-        if name == "vllm" and find_spec("vllm") is None:
+    for key, engine in engines.items():
+        if engine == "vllm" and find_spec("vllm") is None:
             raise ConfigError(f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf")
     builder = _Builder(config, resolve)
     builder.loop()

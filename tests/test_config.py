@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,8 +90,8 @@ def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None
     if (choice, scale) == ("filter=verifier", "paper"):
         pytest.skip("UltraFeedback has no verifier: refused below")
     beside = {
-        "engine=openai": ["engine.url=http://localhost:8000/v1"],
-        "judge=server": ["judge.engine.url=http://localhost:8000/v1"],
+        "engine=openai": ["engine.url=http://localhost:8000/v1", "engine.model=m"],
+        "judge=server": ["judge.engine.url=http://localhost:8000/v1", "judge.engine.model=m"],
         "filter=judge": ["judge=policy"],
     }
     stated = composed(f"scale={scale}", choice, *beside.get(choice, []))
@@ -280,16 +279,18 @@ REFUSED = {
     "engine=openai engine.url=http://": ["engine.url=http://: no such address"],
     "engine=openai engine.url=http://me:sesame@x/v1": ["engine.url: holds more than an address", "engine.key"],
     "engine=openai engine.url=http://x/v1 engine.key=sk-1": ["engine.key: not the name of an environment variable"],
-    "engine=openai engine.url=http://x/v1": [
+    "engine=openai engine.model=m engine.url=http://x/v1": [
         "engine.url=http://x/v1: holds one model, and the ones trained here",
         "engine.serve",
         "loss=none loss.pt=none loss.sft_direct=0",
     ],
-    "engine=openai engine.url=http://x/v1 loss=sft_only": ["holds one model"],
-    "engine=openai engine.url=http://x/v1 loss=grpo": ["holds one model"],
+    "engine=openai engine.model=m engine.url=http://x/v1 loss=sft_only": ["holds one model"],
+    "engine=openai engine.model=m engine.url=http://x/v1 loss=grpo": ["holds one model"],
     "engine=openai engine.url=http://x/v1 engine.endpoint=edits": ["engine.endpoint=edits", "'completions' or 'chat'"],
     "engine=openai engine.serve='x{port}'": ["engine.serve=x{port}: doesn't say where {model} goes"],
     "engine=openai engine.serve='x{model}'": ["engine.serve=x{model}: doesn't say where {port} goes"],
+    "engine=openai engine.url=http://x/v1": ["engine.model: not set; of a server that runs"],
+    "judge=server judge.engine.url=http://x/v1": ["judge.engine.model: not set; of a server that runs"],
     "filter=judge": ["filter.scorer=judge: judge.name=none", "judge=policy"],
     "judge=policy eval.scorer=judge": ["eval.scorer=judge", "would measure each model by itself"],
     "judge=server": ["judge.engine.url, judge.engine.serve: neither is set"],
@@ -363,7 +364,6 @@ RUNTIME = {
     "trainer.checkpoint_minutes": st.none() | st.floats(0, 1e6),
     "trainer.max_loss_growth": st.floats(1.1, 1e6),
     "reward_model.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
-    "reward_model.engine": st.sampled_from(["hf", "vllm"] if find_spec("vllm") else ["hf"]),
     "reward_model.processes": st.integers(1, 8),
     "reward_model.memory_share": st.floats(0.1, 1),
     "engine.batch_size": st.integers(1, 4096),
@@ -411,6 +411,9 @@ def test_every_other_setting_changes_an_id() -> None:
         "template.path",  # its content counts
         "template.name",
         "reward_model.path",
+        "reward_model.dtype",  # of a reward model from outside
+        "reward_model.trust_remote_code",  # likewise
+        "reward_model.engine",  # vllm has to be installed
         "reward_model.revision",
         "strategy.name",
         "strategy.chains",  # of chains alone
@@ -481,7 +484,7 @@ def test_how_a_server_is_reached_never_changes_an_id_and_what_it_is_does() -> No
     assert {*runtime, *other, "name", "url"} == base["engine"].keys()
 
     untrained = ("debug=fast", "loss=none", "loss.pt=none", "loss.sft_direct=0", "engine=openai")
-    one, two = (load(*untrained, f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
+    one, two = (load(*untrained, "engine.model=m", f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
     assert ids(one) == ids(two)
     assert len(stages(one, "respond")) == 1
 
