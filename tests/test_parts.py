@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -144,6 +145,36 @@ def test_without_retries_the_others_finish_and_the_next_attempt_goes_on(tiny, te
     config, inputs = responding(tiny, template, tmp_path)
     report = module("respond").run(config, inputs, tmp_path, here(tmp_path))
     assert (read_rows(tmp_path / "answers.jsonl"), report) == alone
+
+
+@pytest.mark.slow
+def test_a_command_deals_its_stages_to_processes(tmp_path):
+    """Through the workers, which start stages that train on several devices in another way."""
+    command = [sys.executable, "evolve/main.py", "debug=fast", "filter=reward_model", f"output={tmp_path}"]
+    given = ["engine.processes=2", "reward_model.processes=2", "loss=pt_only", "data.offline_pairs=0"]
+    done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "result  iteration 1" in done.stdout
+
+
+def group_seen(progress):
+    return {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+
+
+def test_a_group_that_this_process_is_in_is_not_its_calls(monkeypatch):
+    """What a cluster's launcher, or torchrun, has left in the environment."""
+    from evolve.processes import Call
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    call = Call(group_seen, ())
+    while call.running:
+        time.sleep(0.05)
+    try:
+        assert call.result() == {"RANK": None, "WORLD_SIZE": None}
+    finally:
+        call.stop()
 
 
 @pytest.mark.slow

@@ -203,6 +203,21 @@ def test_a_killed_stage_goes_on_where_it_was(answered, one_output):
     assert run(answered, answered / "no model is needed", seen)[0] == found and seen == []
 
 
+def test_an_answer_that_was_not_made_has_no_score(answered, one_output):
+    rows = read_rows(answered / "answers.jsonl")
+    rows[1]["answers"][0] = {"text": "", "end": "too long"}
+    rows[2]["answers"] = [{"text": "", "end": "too long"}] * 2
+    write_rows(answered / "answers.jsonl", rows)
+    found, report = run(answered, one_output)
+    assert [[value is None for value in row["scores"]] for row in found[:4]] == [
+        [],
+        [True, False],
+        [True, True],
+        [False, False],
+    ]
+    assert report.dropped == {"answers without a score": 3}
+
+
 def test_reference_answers_reach_the_verifier(tiny, tmp_path):
     """From the data set's rows, through a strategy that looks at scores on the way, to the stage that scores."""
     prompts = [item.prompt for item in ITEMS[:4]]

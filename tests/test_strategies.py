@@ -252,3 +252,23 @@ def test_a_prompt_goes_on_while_others_wait():
     strategy = Strategy(name="chain", answers=3, branching=None, expand=None)
     finished = [index for index, _ in strategies.run(strategy, ["a", "b"], 0, layout, waiting.extend, poll)]
     assert finished == [1, 0]
+
+
+@given(settings(), st.integers(1, 5), st.integers(0, 2**32))
+def test_a_window_bounds_what_is_under_way_and_changes_no_answer(strategy, window, chaos):
+    prompts = [f"p{number}" for number in range(9)]
+    expected, _ = answers_of(strategy, prompts)
+    engine, live, most = Echo(chaos), set(), 0
+
+    def submit(requests):
+        nonlocal most
+        live.update(request.messages[0] for request in requests)
+        most = max(most, len(live))
+        engine.submit(requests)
+
+    found = {}
+    for index, answers in strategies.run(strategy, prompts, 0, layout, submit, engine.poll, by_text, window):
+        live.discard(prompts[index])
+        found[index] = answers
+    assert found == expected
+    assert most <= window
