@@ -124,6 +124,10 @@ def main() -> None:
         raise
     if rank == 0:
         (folder / "result").write_text(json.dumps(result))
+    # The call is over. Libraries' threads have been seen to abort the interpreter while it ends.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -52,4 +52,9 @@ def _rank(
     partial: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    return asdict(module(kind).run(config, inputs, out, Context(device, progress, partial)))
+    report = asdict(module(kind).run(config, inputs, out, Context(device, progress, partial)))
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or its threads may outlive what they use
+    return report

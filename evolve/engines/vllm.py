@@ -47,14 +47,13 @@ def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
         # One process: the scheduler has no device to run ahead of. Threads are resources.threads, bound to no core.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        room = settings.batch_size * memory.per_sequence(task)
+        block = 32  # tokens; its own 128 are too many to share a prompt's start
+        each = block * memory.per_token(task)
+        sequence = -(-task.max_length // block) * each
         most = memory.available(settings, task.device) - memory.weights(settings, task)
-        # Compiling takes a minute and gains nothing on a CPU; its default block is too large to share a prompt's start.
-        common |= {
-            "enforce_eager": True,
-            "block_size": 32,
-            "kv_cache_memory_bytes": max(min(room, most), memory.per_sequence(task)),
-        }
+        cache = max(min(settings.batch_size * sequence, most), sequence) + each  # one block stays empty
+        # Compiling takes a minute and gains nothing on a CPU.
+        common |= {"enforce_eager": True, "block_size": block, "kv_cache_memory_bytes": cache}
     return common
 
 
