@@ -172,6 +172,25 @@ class Inline:
         pass
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is the parent's to handle, once a worker is started as a whole.
+
+    Blocked, it reaches no worker while that imports: it inherits the mask. Yet a signal that this thread blocks reaches
+    another thread, and Python would raise it here, between the worker's start and what it is sent.
+    """
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if came and callable(handler):
+        handler(came[0], None)
+
+
 @dataclass
 class _Worker:
     process: Any
@@ -202,14 +221,11 @@ class Workers:
     def _spawn(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self.setting), daemon=True)
-        # Ctrl-C is the parent's to handle. A worker starts with it blocked, so that none reaches it while it imports;
-        # one that comes just now reaches the parent when it is let through again.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
         worker = _Worker(process, ours)
-        self._workers.append(worker)
+        with _uninterrupted():
+            process.start()
+            theirs.close()
+            self._workers.append(worker)
         return worker
 
     def wait(self, seconds: float) -> list[tuple[str, Outcome | Progress]]:
