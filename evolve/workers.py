@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def _uninterrupted() -> Iterator[None]:
     Blocked, it reaches no worker while that imports: it inherits the mask. Yet a signal that this thread blocks reaches
     another thread, and Python would raise it here, between the worker's start and what it is sent.
     """
+    resource_tracker.ensure_running()  # its own start would let the signal through again
     came: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
