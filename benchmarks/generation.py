@@ -46,7 +46,6 @@ def ours(name: str, asked: dict[str, Any], prompts: list[str], progress: Callabl
     settings = {"hf": HF, "vllm": VLLM}[name](name=name, batch_size=asked["batch"][name])
     _threads(asked)
     engine = engines.load(settings, _task(asked))
-    asks: dict[tuple[int, int], list[int]] = {}
     codec = engine.codec  # type: ignore[attr-defined]
 
     def layout(prompt: str, earlier: Any) -> templates.Messages:
@@ -61,9 +60,9 @@ def ours(name: str, asked: dict[str, Any], prompts: list[str], progress: Callabl
         turns.append([])
         for index, prompt in enumerate(prompts):
             earlier = [made[index][turn - 1].text] if turn else []
-            asks[index, turn] = templates.encode_prompt(codec.tokenizer, layout(prompt, earlier))
             if made[index][turn].tokens:
-                turns[-1].append((asks[index, turn], made[index][turn].tokens))
+                ids = templates.encode_prompt(codec.tokenizer, layout(prompt, earlier))
+                turns[-1].append((ids, made[index][turn].tokens))
     tokens = sum(answer.tokens for answers in made.values() for answer in answers)
     return result | {"tokens": tokens, "turns": turns}
 
@@ -119,9 +118,7 @@ def vllm_raw(asked: dict[str, Any], turns: list[Turn], progress: Callable[[int, 
         llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids, _ in turn],
             [
-                SamplingParams(
-                    temperature=SAMPLING.temperature, max_tokens=length, min_tokens=0, ignore_eos=True, detokenize=False
-                )
+                SamplingParams(temperature=SAMPLING.temperature, max_tokens=length, ignore_eos=True, detokenize=False)
                 for _, length in turn
             ],
             use_tqdm=False,

@@ -74,3 +74,46 @@ def random_llama(folder: Path, **settings) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def drain(engine, requests) -> dict:
+    """All that an engine makes of the requests, by key."""
+    engine.submit(requests)
+    found = {}
+    while done := engine.poll():
+        found |= {completion.key: completion for completion in done}
+    assert engine.poll() == []
+    return found
+
+
+@pytest.fixture
+def respond(template, tmp_path):
+    """Runs the stage `respond`: rows of answers.jsonl, and the report. Again under the same name, it goes on."""
+    from evolve.config import Sampling, Strategy
+    from evolve.stages import Context, ModelSettings, module, read_rows, stage, write_rows
+
+    greedy = Sampling(temperature=0, top_k=0, top_p=1)
+
+    def respond(engine, model, prompts, *, name=None, sampling=greedy, answers=3, new=12, length=200, limit=100):
+        out = tmp_path / (name or f"{len(list(tmp_path.iterdir()))}")
+        (out / "prompts").mkdir(parents=True, exist_ok=True)
+        write_rows(out / "prompts" / "rows.jsonl", ({"id": str(n), "prompt": text} for n, text in enumerate(prompts)))
+        config = stage(
+            "respond",
+            {},
+            model=ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False),
+            engine=engine,
+            strategy=Strategy(name="chain", answers=answers, branching=None, expand=None),
+            template=template,
+            sampling=sampling,
+            scorer=None,
+            max_prompt_tokens=limit,
+            max_new_tokens=new,
+            max_length=length,
+            seed=0,
+        ).config
+        context = Context("cpu", lambda done, total: None, out / "partial")
+        report = module("respond").run(config, {"model": model, "prompts": out / "prompts"}, out, context)
+        return read_rows(out / "answers.jsonl"), report
+
+    return respond

@@ -1,5 +1,6 @@
 import random
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -32,11 +33,7 @@ def load(tiny):
 
 
 def drain(engine, requests):
-    engine.submit(requests)
-    found = {}
-    while done := engine.poll():
-        found |= {completion.key: completion for completion in done}
-    assert engine.poll() == []
+    found = conftest.drain(engine, requests)
     engine.close()
     assert found.keys() == {request.key for request in requests}
     return found

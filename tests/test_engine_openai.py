@@ -18,14 +18,15 @@ from importlib.util import find_spec
 
 import psutil
 import pytest
+from conftest import drain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve import engines, parts, strategies, templates
-from evolve.config import HF, ROOT, Sampling, Server, Strategy
+from evolve.config import HF, ROOT, Sampling, Server
 from evolve.engines import Completion, Request
 from evolve.engines.openai import read_answer
-from evolve.stages import Context, ModelSettings, module, read_rows, stage, write_rows
+from evolve.stages import ModelSettings, read_rows, write_rows
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1)
 SAMPLED = Sampling(temperature=0.7, top_k=0, top_p=0.9)
@@ -129,15 +130,6 @@ def load(tiny):
 
 def asks(number, text="0 1 2"):
     return Request((number, 0), templates.direct(text), strategies.seed(0, text, number))
-
-
-def drain(engine, requests):
-    engine.submit(requests)
-    found = {}
-    while done := engine.poll():
-        found |= {completion.key: completion for completion in done}
-    assert engine.poll() == []
-    return found
 
 
 LEDGERS = [" ".join(str((n * k) % 4) for k in range(1, 2 + n % 9)) for n in range(16)]
@@ -446,32 +438,13 @@ def test_openai_wants_a_key(tiny, monkeypatch):
 
 
 @pytest.fixture
-def respond(tiny, template, tmp_path):
+def respond(respond, tiny):
     """Runs the stage; again with the same name, it goes on."""
 
-    def respond(engine, name="run", model=tiny, prompts=LEDGERS, answers=3, new=12, sampling=GREEDY):
-        out = tmp_path / name
-        (out / "prompts").mkdir(parents=True, exist_ok=True)
-        write_rows(out / "prompts" / "rows.jsonl", ({"id": str(n), "prompt": text} for n, text in enumerate(prompts)))
-        config = stage(
-            "respond",
-            {},
-            model=READ,
-            engine=engine,
-            strategy=Strategy(name="chain", answers=answers, branching=None, expand=None),
-            template=template,
-            sampling=sampling,
-            scorer=None,
-            max_prompt_tokens=100,
-            max_new_tokens=new,
-            max_length=128,
-            seed=0,
-        ).config
-        context = Context("cpu", lambda done, total: None, out / "partial")
-        report = module("respond").run(config, {"model": model, "prompts": out / "prompts"}, out, context)
-        return read_rows(out / "answers.jsonl"), report
+    def again(engine, name="run", model=tiny, prompts=LEDGERS, answers=3, **changed):
+        return respond(engine, model, prompts, name=name, answers=answers, length=128, **changed)
 
-    return respond
+    return again
 
 
 PROMPTS = [f"{n % 4} {n // 4 % 4} {n // 16}" for n in range(24)]
