@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from evolve.config import Strategy
 
@@ -20,3 +20,14 @@ class Needs:
     protocol: str
     scorers: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Measured(NamedTuple):
+    """What a benchmark says of a model: metrics as JSON, counts of what could not be scored, and values by prompt.
+
+    items: {kind of answer, as in headline: {metric: {prompt's id: value}}}, for comparisons that are paired by prompt.
+    """
+
+    metrics: dict[str, Any]
+    dropped: dict[str, int]
+    items: dict[str, dict[str, dict[str, float]]]
