@@ -7,62 +7,18 @@ server's matter. It stops where the model's own files say, as Codec does.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import PriorityQueue, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
-
-import openai
+from typing import Any
 
 from evolve.config import Server
 from evolve.engines import Codec, Completion, Request, Task, too_long
-from evolve.engines.serve import Served
+from evolve.engines.client import FAILURES, Client, no_room, read_answer
 
-# How an answer ended, in our words; one that a filter cut off was cut off. Any other end is no answer.
-ENDS = {"stop": "stop", "length": "length", "content_filter": "length"}
-NO_ROOM = re.compile(r"context[ _-]?(length|size|window)", re.IGNORECASE)  # in what refuses a prompt
-NO_ROUTE = (404, 405, 501)
 # Who takes more fields than OpenAI has, as their lists of models name them; other servers may refuse such a request.
 # Unless told, these draw by the model's own habits (its generation_config.json), which are not part of the experiment.
 MORE_FIELDS = ("vllm", "sglang")
-RUBBISH = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of reading what is no such JSON
-
-T = TypeVar("T")
-
-
-class Said(NamedTuple):
-    """What an answer's JSON says; a count is None where the server gives none."""
-
-    text: str
-    end: str
-    tokens: int | None
-    read: int | None
-
-
-def read_models(body: str) -> dict[str, dict[str, Any]]:
-    """GET /models: what is said of each model, by its name."""
-    return {str(entry["id"]): dict(entry) for entry in json.loads(body)["data"]}
-
-
-def read_answer(body: str) -> Said:
-    """POST /completions or /chat/completions. Raises one of RUBBISH if it isn't one answer in text."""
-    answer = json.loads(body)
-    choice = answer["choices"][0]
-    text, end = choice["message"]["content"] if "message" in choice else choice["text"], ENDS[choice["finish_reason"]]
-    if text is None and end != "stop":  # cut off before there was any
-        text = ""
-    # JSON can hold half a surrogate pair, and UTF-8 can't.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-    usage = answer.get("usage") or {}
-    tokens, read = (
-        count if isinstance(count := usage.get(name), int) else None for name in ("completion_tokens", "prompt_tokens")
-    )
-    return Said(text, end, tokens, read)
 
 
 class OpenAIEngine:
@@ -73,24 +29,11 @@ class OpenAIEngine:
         self.codec = Codec(task) if task.model is not None else None  # None: of a model that only the server knows
         if self.codec is None and settings.endpoint == "completions":
             raise ValueError("engine.endpoint=completions: sends token ids, which want the model's files; set chat")
-        self._key = _key(settings)
-        self._served: Served | None = None
-        self._where, url = f"engine.url={settings.url}", settings.url
+        self.client = Client(settings, task.model)
         with contextlib.ExitStack() as opened:
-            if settings.serve is not None:
-                self._served = Served(settings.serve, task.folder, settings.timeout)
-                opened.callback(self._served.close)
-                self._where, url = "engine.serve: its server", self._served.url
-            self.client = openai.OpenAI(
-                base_url=url,
-                api_key=self._key or "none",
-                timeout=openai.Timeout(settings.timeout, connect=min(settings.timeout, 10)),
-                max_retries=settings.retries,
-                http_client=openai.DefaultHttpxClient(trust_env=self._served is None),  # no proxy to this machine
-            )
             opened.callback(self.client.close)
-            self._fields = self._find_model()
-            self._close = opened.pop_all().close
+            self._fields = self._how_to_draw()
+            opened.pop_all()
         self._pool = ThreadPoolExecutor(settings.batch_size)
         # By key: the first prompts are finished first, and so are kept if the server dies, rather than all begun.
         self._waiting: PriorityQueue[tuple[Request, list[int]]] = PriorityQueue()
@@ -130,31 +73,11 @@ class OpenAIEngine:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._close()
+        self.client.close()
 
-    def _find_model(self) -> dict[str, Any]:
-        """What every request says: the model by the server's name for it, and how to draw."""
-        sampling, wanted = self.task.sampling, self.settings.model
-        entry: dict[str, Any] = {}
-        try:
-            listed = self._ask(self.client.models.with_raw_response.list, read_models)
-        except openai.APIError as error:
-            status = getattr(error, "status_code", None)
-            if status not in NO_ROUTE:
-                raise self._explained(error) from None
-            if wanted is None:
-                raise ValueError(
-                    f"{self._where}: has no list of models (GET {self.client.base_url}models says {status}); set "
-                    "engine.model, or correct the url, which usually ends in /v1"
-                ) from None
-        else:
-            names = ", ".join(sorted(listed)) or "none"
-            if wanted is None and len(listed) != 1:
-                raise ValueError(f"engine.model: not set, and the server has not one model; it has: {names}")
-            wanted = wanted or next(iter(listed))
-            if wanted not in listed:
-                raise ValueError(f"engine.model={wanted}: the server doesn't have it; it has: {names}")
-            entry = listed[wanted]
+    def _how_to_draw(self) -> dict[str, Any]:
+        """What every request says. Raises ValueError if the server holds less than the task's lengths."""
+        sampling, entry = self.task.sampling, self.client.entry
         holds = entry.get("max_model_len")
         if isinstance(holds, int) and holds < self.task.max_length:
             raise ValueError(
@@ -167,7 +90,7 @@ class OpenAIEngine:
             if self.codec:
                 more["stop_token_ids"] = self.codec.ends
         return {
-            "model": wanted,
+            "model": self.client.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "extra_body": more or None,
@@ -176,85 +99,27 @@ class OpenAIEngine:
     def _next(self) -> Completion:
         request, ids = self._waiting.get_nowait()
         limit, fields = self.task.max_new_tokens, {**self._fields, "seed": request.seed}
+        create: Any
+        if self.settings.endpoint == "chat":
+            create = self.client.openai.chat.completions.with_raw_response.create
+            fields |= {"messages": request.messages, "max_completion_tokens": limit}
+        else:
+            create = self.client.openai.completions.with_raw_response.create
+            fields |= {"prompt": [ids], "max_tokens": limit}
         try:
-            if self.settings.endpoint == "chat":
-                fields |= {"messages": request.messages, "max_completion_tokens": limit}
-                said = self._ask(lambda: self.client.chat.completions.with_raw_response.create(**fields), read_answer)
-            else:
-                fields |= {"prompt": [ids], "max_tokens": limit}
-                said = self._ask(lambda: self.client.completions.with_raw_response.create(**fields), read_answer)
-        except openai.APIError as error:
-            if getattr(error, "status_code", None) in (400, 413, 422) and NO_ROOM.search(_words(error)):
+            said = self.client.ask(lambda: create(**fields), read_answer)
+        except FAILURES as error:
+            if no_room(error):
                 return too_long(request)
-            raise self._explained(error) from None
+            raise self.client.explained(error) from None
         if said.tokens is not None and said.tokens > limit:
             raise RuntimeError(
-                f"{self._where}: made {said.tokens} tokens where {limit} were the most; it doesn't know "
+                f"{self.client.where}: made {said.tokens} tokens where {limit} were the most; it doesn't know "
                 f"{'max_completion_tokens' if self.settings.endpoint == 'chat' else 'max_tokens'}"
             )
-        tokens = said.tokens
+        text, tokens = said.text.strip(), said.tokens
         if tokens is None:
             if self.codec is None:
-                raise RuntimeError(f"{self._where}: doesn't say how many tokens it made (usage)")
-            tokens = len(self.codec.tokenizer.encode(said.text, add_special_tokens=False)) + (said.end == "stop")
-        return Completion(request.key, said.text, tokens, said.end, len(ids) if said.read is None else said.read)
-
-    def _ask(self, ask: Callable[[], Any], read: Callable[[str], T]) -> T:
-        """The client itself asks again after what is an error; this does after what is no answer."""
-        said = ""
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                time.sleep(min(0.5 * 2 ** (attempt - 1), 8))  # as the client
-            said = ask().text
-            with contextlib.suppress(*RUBBISH):
-                return read(said)
-        raise RuntimeError(
-            f"{self._where}: answers, but not as OpenAI's protocol has it; is it such a server? It said: "
-            f"{self._start(said)}"
-        )
-
-    def _explained(self, error: openai.APIError) -> Exception:
-        """One line for an error of the client's. The client's own text is not shown: it may hold what was sent."""
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            which = "the key in" if self._key else "a key is wanted, and there is none in"
-            return ValueError(
-                f"{self._where}: {which} the environment variable {self.settings.key} (engine.key)"
-                f"{' is refused' if self._key else ''} ({error.status_code})"
-            )
-        tries = f"{self.settings.retries + 1} tries"
-        if isinstance(error, openai.APITimeoutError):
-            return RuntimeError(
-                f"{self._where}: no answer within engine.timeout={self.settings.timeout:g} s, {tries}; raise it, or "
-                "lower engine.batch_size"
-            )
-        if isinstance(error, openai.APIConnectionError):
-            if self._served is not None and self._served.ended:
-                return RuntimeError(f"{self._where} ended; its last line: {self._start(self._served.last_line)}")
-            why = self._start(str(error.__cause__ or error))
-            return RuntimeError(f"{self._where}: can't be reached, {tries} ({why}); start it, or correct the url")
-        status = getattr(error, "status_code", "")
-        return RuntimeError(f"{self._where}: says error {status}: {self._start(_words(error))}")
-
-    def _start(self, text: str) -> str:
-        """Of what a server said, for an error: a line, without the key."""
-        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
-        return (line[:200] or "(nothing)") + ("..." if len(line) > 200 else "")
-
-
-def _words(error: openai.APIError) -> str:
-    """What the server said is wrong."""
-    body: Any = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    if isinstance(message, str):
-        return message
-    return error.response.text if isinstance(error, openai.APIStatusError) else error.message
-
-
-def _key(settings: Server) -> str:
-    """What the environment variable holds; '' where it isn't set. Raises ValueError where a key must be there."""
-    key = os.environ.get(settings.key, "").strip()
-    if not key and (urlsplit(settings.url or "").hostname or "").endswith("openai.com"):
-        raise ValueError(f"engine.url={settings.url}: wants a key; set the environment variable {settings.key}")
-    if not (key.isascii() and key.isprintable() and " " not in key):  # an HTTP header can't hold it, and would say so
-        raise ValueError(f"the environment variable {settings.key} (engine.key) holds characters that no key has")
-    return key
+                raise RuntimeError(f"{self.client.where}: doesn't say how many tokens it made (usage)")
+            tokens = len(self.codec.tokenizer.encode(text, add_special_tokens=False)) + (said.end == "stop")
+        return Completion(request.key, text, tokens, said.end, len(ids) if said.read is None else said.read)

@@ -34,13 +34,14 @@ class Served:
     it is ready or isn't ready after `seconds`.
     """
 
-    def __init__(self, command: str, model: Path, seconds: float):
+    def __init__(self, command: str, model: Path, seconds: float, section: str = "engine"):
+        self._section = section
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
         words = [word.replace("{model}", str(model)).replace("{port}", port) for word in shlex.split(command)]
         if shutil.which(words[0]) is None:
-            raise ValueError(f"engine.serve: no such command here: {words[0]}; install it, or give its whole path")
+            raise ValueError(f"{section}.serve: no such command here: {words[0]}; install it, or give its whole path")
         self.url = f"http://127.0.0.1:{port}/v1"
         self._scratch = tempfile.TemporaryDirectory()
         self._log = Path(self._scratch.name) / "log"
@@ -58,12 +59,12 @@ class Served:
         while not self._ready():
             if self.ended:
                 raise RuntimeError(
-                    f"engine.serve: its server ended before it was ready; its last line: {self.last_line}"
+                    f"{self._section}.serve: its server ended before it was ready; its last line: {self.last_line}"
                 )
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"engine.serve: its server isn't ready after engine.timeout={seconds:g} s; its last line: "
-                    f"{self.last_line}"
+                    f"{self._section}.serve: its server isn't ready after {self._section}.timeout={seconds:g} s; its "
+                    f"last line: {self.last_line}"
                 )
             time.sleep(0.5)
 
