@@ -1,11 +1,16 @@
 """What is measured after each iteration: one file a benchmark, and the statistics they share.
 
 A benchmark's file has
-    needs(config) -> Needs                          the stages that answer and score, for plan.py
-    measure(answers, scores, ..., protocol)         the metrics, as JSON, and counts of what could not be scored
+    needs(config) -> Needs                          whose prompts are answered, and who scores, for plan.py
+    measure(answers, ..., protocol) -> Measured     metrics as JSON, counts of what has no score, values by prompt
+    METRICS                                         their names, the first the one a search maximises, and titles
     headline(metrics) -> {name: {metric: estimate}} the few numbers that are said of a model
     summary(metrics) -> str                         the same as a line
     EXPLAIN, OBJECTIVE                              what the names mean; which of them a search maximises
+one with prompts of its own
+    questions(files ..., limit, ...) -> rows        {"id", "prompt", "reference"?, ...}
+and one that a judge decides asks, read, stand_in (games.py). records(...), where there is one, gives files that others'
+tools can score again.
 """
 
 from __future__ import annotations
@@ -15,3 +20,8 @@ from typing import Any
 from evals import refinement, test_time
 
 BENCHMARKS: dict[str, Any] = {"refinement": refinement, "test_time": test_time}
+
+
+def load(name: str) -> Any:
+    """A benchmark by its name. Raises KeyError."""
+    return BENCHMARKS[name]

@@ -1,4 +1,4 @@
-"""What a benchmark needs before it can measure."""
+"""What a benchmark needs before it can measure, and what it measures."""
 
 from __future__ import annotations
 
@@ -10,15 +10,45 @@ from evolve.config import Strategy
 
 
 @dataclass(frozen=True)
-class Needs:
-    """How held-out prompts are answered, and in words; whose scores `measure` gets, by its argument's name.
+class File:
+    """A file from outside, by a local path or owner/name/file on the hub; `key` is the setting that names it."""
 
-    settings: of the stage `evaluate`, where the numbers depend on more than answers and scores.
+    key: str
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A benchmark's own questions: the files they come from, by the argument's name of its `questions`, and the rest.
+
+    `answered`: False for questions whose answers the model only weighs (multiple choice), and writes none.
+    """
+
+    files: Mapping[str, File]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    answered: bool = True
+
+
+@dataclass(frozen=True)
+class Needs:
+    """How prompts are answered, and in words; whose scores or verdicts `measure` gets.
+
+    scorers: by the argument's name of `measure`, for benchmarks whose answers are scored one by one.
+    asked: None for a benchmark that is asked of the data's held-out prompts.
+    versus: for answers that a judge compares with references: the settings of the benchmark's `asks`.
+    files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
     """
 
     strategy: Strategy
     protocol: str
-    scorers: Mapping[str, str]
+    temperature: float
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    asked: Asked | None = None
+    versus: Mapping[str, Any] | None = None
+    files: Mapping[str, File] = field(default_factory=dict)
+    max_new_tokens: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

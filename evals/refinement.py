@@ -15,9 +15,10 @@ from statistics import fmean
 from typing import Any
 
 from evals import statistics
-from evals.needs import Needs
+from evals.needs import Measured, Needs
 from evolve.config import Config, Strategy
 
+METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
 OBJECTIVE = ("refined",)
 EXPLAIN = {"gain": "refined - direct, paired"}
 STOPS = {"unchanged": "the answer stays", "score_drop": "the score drops"}
@@ -28,7 +29,8 @@ def needs(config: Config) -> Needs:
     strategy = Strategy(name="chain", answers=turns, branching=None, expand=None, stop=stop)
     until = f" at most, until {STOPS[stop]}" if stop else ""
     settings = {"strategy": strategy} if stop else {}
-    return Needs(strategy, f"chain of {turns} turns{until}", {"scores": config.eval_scorer}, settings)
+    scorers = {"scores": config.eval_scorer}
+    return Needs(strategy, f"chain of {turns} turns{until}", config.eval.temperature, scorers, settings=settings)
 
 
 def measure(
@@ -36,8 +38,8 @@ def measure(
     scores: Sequence[Mapping[str, Any]],
     protocol: str,
     strategy: Strategy | None = None,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Metrics by turn, and counts of what could not be scored.
+) -> Measured:
+    """Metrics by turn, counts of what could not be scored, and both by prompt.
 
     Args:
         answers: rows of answers.jsonl (id, answers), all made by a chain.
@@ -85,7 +87,15 @@ def measure(
             "accuracy": asdict(statistics.paired(last_right, first_right)) if first_right and last_right else None,
         },
     }
-    return result | ({"made": made} if made else {}), dropped
+    items = {
+        "direct": {"reward": _single(first), "accuracy": _single(first_right)},
+        "refined": {"reward": _single(last), "accuracy": _single(last_right)},
+    }
+    return Measured(result | ({"made": made} if made else {}), dropped, items)
+
+
+def _single(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {key: value for key, (value,) in values.items()}
 
 
 def _carried(

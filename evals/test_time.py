@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from evals import statistics
-from evals.needs import Needs
+from evals.needs import Measured, Needs
 from evolve.config import Config, Strategy
 
+METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
 OBJECTIVE = ("best", "oracle")
 EXPLAIN = {
     "single": "mean of all answers",
@@ -38,8 +40,9 @@ def needs(config: Config) -> Needs:
     return Needs(
         strategy,
         shape if strategy.chains > 1 else f"{strategy.answers} answers ({strategy.name})",
+        config.eval.temperature,
         {"scores": config.eval_scorer, "select": config.eval.select},
-        {"strategy": strategy, "verifier": config.data.verifier},
+        settings={"strategy": strategy, "verifier": config.data.verifier},
     )
 
 
@@ -56,8 +59,8 @@ def measure(
     protocol: str,
     strategy: Strategy,
     extract: Callable[[str], str | None] | None = None,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Metrics by the number of answers used, and counts of what could not be scored.
+) -> Measured:
+    """Metrics by the number of answers used, counts of what could not be scored, and those of all answers by prompt.
 
     Args:
         answers: rows of answers.jsonl (id, answers), made by `strategy`.
@@ -88,14 +91,23 @@ def measure(
             for kind, which in picked.items():
                 picks.setdefault(kind, {})[made["id"]] = which
         tokens = {made["id"]: [float(sum(one["tokens"] for one in made["answers"][:size]))] for made, _, _ in whole}
-        worth = {kind: _worth(which, whole) for kind, which in picks.items()}
+        values = {kind: _values(which, whole) for kind, which in picks.items()}
+        worth = {kind: _worth(found) for kind, found in values.items()}
         sizes.append({"answers": size, "tokens": asdict(statistics.mean(tokens)), "worth": worth})
-    return {"benchmark": "test_time", "protocol": protocol, "sizes": sizes}, dropped
+    items = {
+        kind: {metric: {key: fmean(given) for key, given in by_prompt.items()} for metric, by_prompt in found.items()}
+        for kind, found in values.items()  # of all answers
+    }
+    return Measured({"benchmark": "test_time", "protocol": protocol, "sizes": sizes}, dropped, items)
 
 
-def _worth(picks: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str, Any], ...]]) -> dict[str, Any]:
-    """Reward, and accuracy where a verifier judges, of the answers picked for each prompt."""
-    reward, correct = {}, {}
+Values = dict[str, dict[str, list[float]]]
+
+
+def _values(picks: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str, Any], ...]]) -> Values:
+    """Rewards, and whether right where a verifier judges, of the answers picked for each prompt."""
+    reward: dict[str, list[float]] = {}
+    correct: dict[str, list[float]] = {}
     for made, scored, chosen in rows:
         which = picks[made["id"]]
         reward[made["id"]] = [scored["scores"][index] for index in which]
@@ -105,7 +117,13 @@ def _worth(picks: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str,
         ]
         if None not in right:
             correct[made["id"]] = [float(one) for one in right]
-    alone = all(len(which) == 1 for which in picks.values())
+    return {"reward": reward, "accuracy": correct}
+
+
+def _worth(values: Values) -> dict[str, Any]:
+    """The estimates of both."""
+    reward, correct = values["reward"], values["accuracy"]
+    alone = all(len(given) == 1 for given in reward.values())
     accuracy = (statistics.share if alone else statistics.mean)(correct) if correct else None
     return {"reward": asdict(statistics.mean(reward)), "accuracy": asdict(accuracy) if accuracy else None}
 

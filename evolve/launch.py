@@ -218,7 +218,7 @@ def objective(planned: Planned, number: int) -> float | None:
 
     None before it is known.
     """
-    from evals import BENCHMARKS
+    import evals
 
     member = planned.graph.members[number]
     benchmark = next(iter(member.config.eval.benchmarks), None)
@@ -226,7 +226,7 @@ def objective(planned: Planned, number: int) -> float | None:
     record: Mapping[str, Any] | None = planned.store.record(evaluations[-1]) if evaluations else None
     if record is None or benchmark is None:
         return None
-    return next(record["values"][name] for name in BENCHMARKS[benchmark].OBJECTIVE if name in record["values"])
+    return next(record["values"][name] for name in evals.load(benchmark).OBJECTIVE if name in record["values"])
 
 
 def code() -> dict[str, Any]:

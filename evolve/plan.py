@@ -15,9 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evals import BENCHMARKS
+import evals
+from evals.needs import Needs
 from evolve import sources
-from evolve.config import Config, ConfigError, Sampling, Server, Strategy
+from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
 from evolve.store import Corrupt, Source, Stage, Store, flatten
 
@@ -81,6 +82,7 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
             raise ConfigError(f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf")
     builder = _Builder(config, resolve)
     builder.loop()
+    builder.overlaps()
     return Member(name, config, tuple(builder.steps))
 
 
@@ -139,6 +141,16 @@ class _Builder:
                 pairs = {**(pairs if config.iteration.data == "all" else {}), str(turn): self.own_pairs(policy, turn)}
                 policy = self.train(start, reference, pairs)
             self.evaluate(policy)
+
+    def overlaps(self) -> None:
+        """Whether prompts of evaluations stand in what is trained on."""
+        made = {step.stage.id: step.stage for step in self.steps if step.stage.kind in ("data", "questions")}
+        held = {step.stage.inputs["held_out"].id for step in self.steps if "held_out" in step.stage.inputs}
+        asked = [one for one in made.values() if one.id in held or one.identity["config"].get("pool", "eval") == "eval"]
+        training = {f"training_{number}": one for number, one in enumerate(made.values()) if one not in asked}
+        self.phase = "setup"
+        for evaluation in asked if training else ():
+            self.add("overlap", {"evaluation": evaluation, **training}, words=OVERLAP)
 
     def add(self, kind: str, inputs: Mapping[str, Artefact], **settings: Any) -> Stage:
         made = stage(kind, inputs, **settings)
@@ -231,7 +243,14 @@ class _Builder:
         return self.add("score", self.with_scorer(scorer, {"answers": answers}, policy), **self.scoring(scorer))
 
     def respond(
-        self, model: Artefact, prompts: Stage, strategy: Strategy, sampling: Sampling, seed: int, scorer: str
+        self,
+        model: Artefact,
+        prompts: Stage,
+        strategy: Strategy,
+        sampling: Sampling,
+        seed: int,
+        scorer: str,
+        max_new_tokens: int | None = None,
     ) -> Stage:
         """`scorer` is for a strategy that looks at scores on the way."""
         config, looks = self.config, strategy.expand == "best" or strategy.stop == "score_drop"
@@ -242,6 +261,7 @@ class _Builder:
                 "loss.pt=none loss.sft_direct=0)"
             )
         inputs: dict[str, Artefact] = {"model": model, "prompts": prompts}
+        questions = prompts.kind == "questions"  # none is left out: one that has no room is not answered, and counts
         return self.add(
             "respond",
             self.with_scorer(scorer, inputs, model) if looks else inputs,
@@ -251,35 +271,75 @@ class _Builder:
             template=config.template if strategy.name != "parallel" else None,
             sampling=sampling,
             scorer=self.scoring(scorer) if looks else None,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_new_tokens=config.data.max_response_tokens,
+            max_prompt_tokens=None if questions else config.data.max_prompt_tokens,
+            max_new_tokens=max_new_tokens or config.data.max_response_tokens,
             max_length=config.data.max_length,
             seed=seed,
         )
 
     def evaluate(self, model: Artefact) -> None:
-        """Each benchmark: held-out prompts are answered and scored by the stages that the loop uses."""
+        """Each benchmark: its prompts are answered, and scored or compared, by the stages that the loop uses."""
+        for name in self.config.eval.benchmarks:
+            try:
+                needs = evals.load(name).needs(self.config)
+            except ValueError as error:
+                raise ConfigError(f"eval.benchmarks: {error}") from None
+            prompts = self.questions(name, needs) if needs.asked else self.held_out
+            inputs: dict[str, Artefact] = {"questions": prompts} if needs.asked else {}
+            protocol, judge = [needs.protocol], [self.scorer_name(scorer) for scorer in needs.scorers.values()]
+            if needs.asked and not needs.asked.answered:
+                inputs["likelihoods"] = self.add("likelihood", {"model": model, "questions": prompts}, model=self.read)
+            else:
+                inputs["answers"] = answers = self.answers(model, prompts, needs)
+                protocol += [f"template {self.config.template.name}"] if needs.strategy.name != "parallel" else []
+                protocol += [f"temperature {needs.temperature:g}"]
+            for use, scorer in needs.scorers.items():
+                inputs[use] = self.score(scorer, answers, model)
+                protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
+            if needs.versus is not None:
+                inputs["verdicts"] = self.compare(name, needs.versus, prompts, answers)
+                judge = [self.annotator_name]
+                protocol += [f"judged by {self.annotator_name}"]
+            inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}
+            said = {"protocol": ", ".join(protocol), "judge": ", ".join(judge)}
+            self.add("evaluate", inputs, benchmark=name, **said, **needs.settings)
+
+    def answers(self, model: Artefact, prompts: Stage, needs: Needs) -> Stage:
+        looks = needs.scorers.get("select", needs.scorers.get("scores", "none"))
+        sampling = Sampling(temperature=needs.temperature, top_k=0, top_p=1.0)
+        return self.respond(
+            model, prompts, needs.strategy, sampling, self.config.eval.seed, looks, needs.max_new_tokens
+        )
+
+    def questions(self, name: str, needs: Needs) -> Stage:
+        assert needs.asked is not None
+        files = {use: self.resolve.file(file) for use, file in needs.asked.files.items()}
+        return self.add(
+            "questions", files, benchmark=name, limit=needs.asked.limit, settings=dict(needs.asked.settings)
+        )
+
+    def compare(self, name: str, settings: Mapping[str, Any], questions: Stage, answers: Stage) -> Stage:
+        """Answers against references, by the annotator."""
         config = self.config
-        sampling = Sampling(temperature=config.eval.temperature, top_k=0, top_p=1.0)
-        for name in config.eval.benchmarks:
-            needs = BENCHMARKS[name].needs(config)
-            looks = needs.scorers["select" if "select" in needs.scorers else "scores"]
-            answers = self.respond(model, self.held_out, needs.strategy, sampling, config.eval.seed, looks)
-            scores = {use: self.score(scorer, answers, model) for use, scorer in needs.scorers.items()}
-            refines = needs.strategy.name != "parallel"
-            protocol = [
-                needs.protocol,
-                *([f"template {config.template.name}"] if refines else []),
-                f"temperature {config.eval.temperature:g}",
-                *(f"{VERBS[use]} by {self.scorer_name(scorer)}" for use, scorer in needs.scorers.items()),
-            ]
-            self.add(
-                "evaluate",
-                {"answers": answers, **scores},
-                benchmark=name,
-                protocol=", ".join(protocol),
-                **needs.settings,
-            )
+        inputs: dict[str, Artefact] = {"answers": answers, "questions": questions}
+        turns = range(1, config.eval.turns + 1) if config.eval.judged == "all" else {1, config.eval.turns}
+        judge: dict[str, Any] = {"endpoint": None, "scorer": None}
+        if isinstance(config.annotator, Endpoint):
+            judge["endpoint"] = config.annotator
+            if config.annotator.path is not None:
+                inputs["judge"] = self.resolve.model(config.annotator.path, config.annotator.revision, "annotator.path")
+        else:
+            judge["scorer"] = self.scoring(config.annotating_scorer)
+            if self.reward_model and config.annotating_scorer == "reward_model":
+                inputs["reward_model"] = self.reward_model
+        return self.add("compare", inputs, benchmark=name, settings=settings, turns=sorted(turns), **judge)
+
+    @property
+    def annotator_name(self) -> str:
+        """To quote numbers with: a judge by its name, a scorer in its place as what it is."""
+        if isinstance(self.config.annotator, Endpoint):
+            return self.config.annotator.name
+        return f"a stand-in, {self.scorer_name(self.config.annotating_scorer)}"
 
     def scorer_name(self, scorer: str) -> str:
         """A scorer's name, to quote numbers with."""
@@ -386,6 +446,7 @@ class _Builder:
         )
 
 
+OVERLAP = 13  # words of a stretch, as in GPT-3's report (2005.14165, appendix C)
 VERBS = {"scores": "scored", "select": "selected"}  # what an evaluation takes a scorer's scores for
 
 

@@ -203,9 +203,9 @@ class Show:
     def _result(self, stage: Stage) -> None:
         import json
 
-        from evals import BENCHMARKS
+        import evals
 
         metrics = json.loads((self.planned.store.folder(stage.id) / "metrics.json").read_text())
         name = metrics["benchmark"]
         label = self._labels[stage.id].replace(" evaluate", "" if name == "refinement" else f" {name}")
-        self._line(f"result  {label}: {BENCHMARKS[name].summary(metrics)}", "bold")
+        self._line(f"result  {label}: {evals.load(name).summary(metrics)}", "bold")

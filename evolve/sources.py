@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evals.needs import File
 from evolve.config import ConfigError, Data, find
 from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, has_pair, is_file, ordered, read
 from evolve.store import Source, digest, hash_file
@@ -78,6 +79,24 @@ class Resolver:
                     )
                 commit = self._commit("dataset", path, revision, key)
                 self._seen[known] = Source("data", f"{path}@{commit}", commit)
+        return self._seen[known]
+
+    def file(self, file: File) -> Source:
+        """One file: a local one, owner/name/file of a data set on the hub, or 'embedded'. Raises ConfigError."""
+        known = ("file", file.path, file.revision)
+        if known not in self._seen:
+            local = find(file.path)
+            owner, _, rest = file.path.partition("/")
+            name, _, inner = rest.partition("/")
+            if file.path == "embedded":
+                self._seen[known] = Source("data", file.path, f"embedded-{EMBEDDED_VERSION}")
+            elif local is not None and local.is_file():
+                self._seen[known] = Source("file", str(local), self._hash(local))
+            elif not inner or file.path.startswith((".", "/", "~")):
+                raise ConfigError(f"{file.key}={file.path}: no such file")
+            else:
+                commit = self._commit("dataset", f"{owner}/{name}", file.revision, file.key)
+                self._seen[known] = Source("file", f"{owner}/{name}@{commit}/{inner}", f"{commit}/{inner}")
         return self._seen[known]
 
     def chat_template(self, path: str | None) -> str | None:
@@ -223,6 +242,12 @@ def fetch(source: Source, cache: Path) -> Path:
 
         name, _, commit = source.path.partition("@")
         return Path(snapshot_download(name, revision=commit, allow_patterns=list(WEIGHTS)))
+    if source.kind == "file":
+        from huggingface_hub import hf_hub_download
+
+        name, _, rest = source.path.partition("@")
+        commit, _, inner = rest.partition("/")
+        return Path(hf_hub_download(name, inner, repo_type="dataset", revision=commit))
     return local  # data.read asks the hub for it
 
 

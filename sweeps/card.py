@@ -14,7 +14,7 @@ from typing import Any
 
 from yaml import YAMLError
 
-from evals import BENCHMARKS
+import evals
 from evolve.config import ROOT
 from evolve.store import Corrupt, Store, flatten
 from sweeps import collect, tables
@@ -57,7 +57,7 @@ class Evaluation:
     def estimates(self) -> Iterator[tuple[str, str, Record]]:
         """(reward or accuracy; direct, refined, gain or what the benchmark has; its value, interval and n)."""
         measurement = collect.Measurement("", self.record["id"], dict(self.metrics), dict(self.record))
-        for metric in tables.METRICS:
+        for metric in measurement.titles:
             for kind, estimate in tables.answers(measurement, metric).items():
                 if estimate:
                     yield metric, kind, estimate
@@ -150,7 +150,7 @@ def readme(model: Model, name: str) -> str:
             dataset_revision=one.data.digest,
             dataset_split=one.split,
             metric_type=metric,
-            metric_name=f"{tables.METRICS[metric]}, {kind}",
+            metric_name=f"{evals.load(one.metrics['benchmark']).METRICS[metric]}, {kind}",
             metric_value=estimate["value"],
             metric_args={  # a number never travels alone
                 "interval_95": [estimate["low"], estimate["high"]],
@@ -252,11 +252,11 @@ Its data is the embedded world, a synthetic task: it shows that the harness work
 
 def _evaluation(one: Evaluation) -> str:
     lines = ["| answers | metric | value | 95 % interval | n |", "|---|---|---|---|---|"]
-    kinds = {kind for _, kind, _ in one.estimates()}
+    kinds, titles = {kind for _, kind, _ in one.estimates()}, evals.load(one.metrics["benchmark"]).METRICS
     for metric, kind, found in one.estimates():
         interval = "-" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-        lines.append(f"| {kind} | {tables.METRICS[metric]} | {found['value']:.3f} | {interval} | {found['n']} |")
-    explain = BENCHMARKS[one.metrics["benchmark"]].EXPLAIN
+        lines.append(f"| {kind} | {titles[metric]} | {found['value']:.3f} | {interval} | {found['n']} |")
+    explain = evals.load(one.metrics["benchmark"]).EXPLAIN
     explained = "; ".join(f"{kind} is {what}" for kind, what in explain.items() if kind in kinds)
     return "\n".join(lines) + (
         f"\n\nBenchmark {one.metrics['benchmark']}: {one.metrics['protocol']}; prompts of {one.data}, {one.split}. "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import BENCHMARKS
+import evals
 from evolve.store import Corrupt, Store
 
 
@@ -25,9 +25,19 @@ class Measurement:
         return str(self.metrics["benchmark"])
 
     @property
+    def titles(self) -> dict[str, str]:
+        """What the benchmark's metrics are called, the main one first."""
+        return dict(evals.load(self.benchmark).METRICS)
+
+    @property
+    def judge(self) -> str:
+        """Who judged or scored: numbers of different ones never stand in one column."""
+        return str(self.metrics.get("judge", ""))
+
+    @property
     def headline(self) -> dict[str, Any]:
         """What is said of the model: {direct, refined, gain, or what the benchmark has: {metric: estimate}}."""
-        return dict(BENCHMARKS[self.benchmark].headline(self.metrics))
+        return dict(evals.load(self.benchmark).headline(self.metrics))
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,10 @@ class MemberResult:
     missing: list[tuple[str, str]]
     generated: dict[str, int]
 
-    def of(self, benchmark: str) -> list[Measurement]:
-        """One benchmark's measurements, by phase."""
-        return [measurement for measurement in self.measurements if measurement.benchmark == benchmark]
+    def of(self, benchmark: str, judge: str | None = None) -> list[Measurement]:
+        """One benchmark's measurements, by phase; those by one judge, where one is named."""
+        found = [measurement for measurement in self.measurements if measurement.benchmark == benchmark]
+        return [measurement for measurement in found if judge in (None, measurement.judge)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,10 @@ class Sweep:
     def benchmarks(self) -> list[str]:
         """Every benchmark that has been measured."""
         return list(dict.fromkeys(m.benchmark for member in self.members for m in member.measurements))
+
+    def judges(self, benchmark: str) -> list[str]:
+        """Everyone who has judged a benchmark's answers."""
+        return list(dict.fromkeys(m.judge for member in self.members for m in member.of(benchmark)))
 
     @property
     def phases(self) -> list[str]:

@@ -8,10 +8,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from evals.refinement import METRICS
 from evals.test_time import EXPLAIN
 from evolve.store import digest, hash_file
 from sweeps.collect import Sweep
-from sweeps.tables import METRICS
 
 # Okabe and Ito's colours: apart for the colour-blind too; markers tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from evals import BENCHMARKS
+import evals
+from evals import test_time
 from sweeps.collect import Measurement, Sweep
 
-METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
 WIDE = 6  # columns of numbers that fit beside one another
 
 
@@ -28,7 +28,7 @@ def number(estimate: Mapping[str, Any] | None) -> str:
 
 def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any] | None]:
     """What is said of each model: of a chain direct answers, refined answers, and the gain of one over the other."""
-    found = {kind: worth[metric] for kind, worth in measurement.headline.items()}
+    found = {kind: worth.get(metric) for kind, worth in measurement.headline.items()}
     if len(measurement.metrics.get("turns", ())) == 1:
         return {"direct": found["direct"]}
     return found
@@ -36,27 +36,34 @@ def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any
 
 def _shows_generated(sweep: Sweep, metric: str) -> bool:
     """The first metric's table says too what each member has generated for its training, where any has."""
-    return metric == next(iter(METRICS)) and any(any(member.generated.values()) for member in sweep.members)
+    return metric == "reward" and any(any(member.generated.values()) for member in sweep.members)
 
 
-def grid(sweep: Sweep, metric: str, benchmark: str = "refinement") -> list[list[str]]:
+def cell(measurement: Measurement, metric: str, kind: str) -> str:
+    """A number with its interval, and how many items have none."""
+    unscored = measurement.headline[kind].get("unscored") if kind in measurement.headline else 0
+    text = number(answers(measurement, metric).get(kind))
+    return f"{text} ({unscored} unscored)" if unscored and text != "-" else text
+
+
+def grid(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | None = None) -> list[list[str]]:
     """Rows of cells, the header first: member, answers, then each phase. Empty if nothing has the metric."""
     rows = []
     for member in sweep.members:
-        measured = member.of(benchmark)
-        by_phase = {measurement.phase: answers(measurement, metric) for measurement in measured}
+        measured = member.of(benchmark, judge)
+        by_phase = {measurement.phase: measurement for measurement in measured}
         missing = {phase for phase, name in member.missing if name == benchmark}
         for kind in dict.fromkeys(kind for m in measured for kind in m.headline):
             cells = []
             for phase in sweep.phases:
                 if phase in by_phase:
-                    cells.append(number(by_phase[phase].get(kind)))
+                    cells.append(cell(by_phase[phase], metric, kind))
                 else:
                     cells.append("missing" if phase in missing else "")
             if any(cell not in ("", "-", "missing") for cell in cells):
                 rows.append([member.name, kind, *cells])
         made = {m.phase: m.metrics["made"] for m in measured if "made" in m.metrics}
-        if made and metric == next(iter(METRICS)):
+        if made and metric == next(iter(measured[0].titles)):
             for kind in ("turns", "tokens"):
                 cells = [number(made[phase][kind]) if phase in made else "" for phase in sweep.phases]
                 rows.append([member.name, f"{kind} made", *cells])
@@ -80,7 +87,7 @@ def scaling(sweep: Sweep, metric: str) -> list[list[str]]:
     rows = []
     for name, sizes in last:
         by_size = {size["answers"]: size for size in sizes}
-        if not sizes[-1]["worth"]["single"][metric]:
+        if not sizes[-1]["worth"]["single"].get(metric):
             continue
         for kind in sizes[-1]["worth"]:
             cells = [number(by_size[n]["worth"][kind][metric]) if n in by_size else "" for n in used]
@@ -89,22 +96,25 @@ def scaling(sweep: Sweep, metric: str) -> list[list[str]]:
     return [["member", "answers used", *map(str, used)], *rows] if rows else []
 
 
-def title(sweep: Sweep, metric: str, benchmark: str = "refinement") -> str:
+def title(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | None = None) -> str:
     """The metric with its protocol, n and how intervals are made: a number never travels alone."""
-    found = [measurement for member in sweep.members for measurement in member.of(benchmark)]
+    found = [measurement for member in sweep.members for measurement in member.of(benchmark, judge)]
     protocols = sorted({measurement.metrics["protocol"] for measurement in found})
     kinds = {kind: worth for measurement in found for kind, worth in measurement.headline.items()}
-    counts = sorted({next(iter(measurement.headline.values()))["reward"]["n"] for measurement in found})
+    estimates = [estimate for measurement in found for estimate in answers(measurement, metric).values() if estimate]
+    counts = sorted({estimate["n"] for estimate in estimates})
     dropped = {measurement.id: sum(measurement.record["dropped"].values()) for measurement in found}
     unscored = sum(dropped.values())
-    explained = "".join(f"; {kind}: {what}" for kind, what in BENCHMARKS[benchmark].EXPLAIN.items() if kind in kinds)
+    explained = "".join(f"; {kind}: {what}" for kind, what in evals.load(benchmark).EXPLAIN.items() if kind in kinds)
     if benchmark == "refinement" and _shows_generated(sweep, metric):
         explained += "; generated: tokens drawn for training so far"
     if any("made" in measurement.metrics for measurement in found):
         explained += "; turns, tokens made: of a prompt's chain, all that were"
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    ours = benchmark in ("refinement", "test_time")
+    name, prompts = ("", "held-out prompts") if ours else (f"{benchmark}, ", "prompts")
     return (
-        f"{METRICS[metric]} on {n} held-out prompts, ±: 95 % interval over prompts (not over training seeds); "
+        f"{name}{found[0].titles[metric]} on {n} {prompts}, ±: 95 % interval over prompts (not over training seeds); "
         f"{'; '.join(protocols)}; {unscored or 'no'} prompts unscored{explained}"
     )
 
@@ -121,10 +131,11 @@ def shown(sweep: Sweep) -> list[Shown]:
     """Every table that the sweep has numbers for."""
     found = []
     for benchmark in sweep.benchmarks:
-        for metric in METRICS:
-            if rows := grid(sweep, metric, benchmark):
-                found.append(Shown(title(sweep, metric, benchmark), rows))
-    for metric in METRICS:
+        for judge in sweep.judges(benchmark):
+            for metric in evals.load(benchmark).METRICS:
+                if rows := grid(sweep, metric, benchmark, judge):
+                    found.append(Shown(title(sweep, metric, benchmark, judge), rows))
+    for metric in test_time.METRICS:
         if rows := scaling(sweep, metric):
             about = "after each member's last phase, by the number of answers used; tokens: generated for them a prompt"
             found.append(Shown(f"{title(sweep, metric, 'test_time')}; {about}", rows))
@@ -152,7 +163,7 @@ def markdown(made: Shown) -> str:
 
 
 def write(sweep: Sweep) -> list[Path]:
-    """table.md, and table.csv with a line for each member, phase, turn and metric, down to the record it comes from.
+    """table.md, and table.csv with a line for each member, phase, benchmark, turn and metric, down to its record.
 
     test_time.csv has the like, by answers used, where that was measured. Returns the files.
     """
@@ -160,7 +171,7 @@ def write(sweep: Sweep) -> list[Path]:
     files[0].write_text("\n".join(map(markdown, shown(sweep))))
     whose = ["member", "phase"]
     number, source = ["metric", "value", "low", "high", "n"], ["protocol", "record"]
-    _csv(files[1], [*whose, "turn", *number, *source, "generated"], _turns(sweep))
+    _csv(files[1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
     if scaled := list(_sizes(sweep)):
         files.append(sweep.folder / "test_time.csv")
         _csv(files[-1], [*whose, "kind", "answers", "tokens", *number, *source], scaled)
@@ -172,20 +183,21 @@ def _csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
-def _numbers(worth: Mapping[str, Any]) -> Iterator[list[Any]]:
+def _numbers(measurement: Measurement, worth: Mapping[str, Any]) -> Iterator[list[Any]]:
     """Of each metric that there is: its name, value, low, high, n."""
-    for metric in METRICS:
-        if estimate := worth[metric]:
+    for metric in measurement.titles:
+        if estimate := worth.get(metric):
             yield [metric, *(estimate[key] for key in ("value", "low", "high", "n"))]
 
 
 def _turns(sweep: Sweep) -> Iterator[list[Any]]:
     for member in sweep.members:
-        for made in member.of("refinement"):
-            for turn in made.metrics["turns"]:
-                for numbers in _numbers(turn):
+        for made in member.measurements:
+            for turn in made.metrics.get("turns", ()):
+                for numbers in _numbers(made, turn):
                     source = [made.metrics["protocol"], made.id, member.generated.get(made.phase, "")]
-                    yield [member.name, made.phase, turn["turn"], *numbers, *source]
+                    unscored = turn.get("unscored", 0)
+                    yield [member.name, made.phase, made.benchmark, turn["turn"], *numbers, unscored, *source]
 
 
 def _sizes(sweep: Sweep) -> Iterator[list[Any]]:
@@ -193,6 +205,6 @@ def _sizes(sweep: Sweep) -> Iterator[list[Any]]:
         for made in member.of("test_time"):
             for size in made.metrics["sizes"]:
                 for kind, worth in size["worth"].items():
-                    for numbers in _numbers(worth):
+                    for numbers in _numbers(made, worth):
                         spent = [kind, size["answers"], size["tokens"]["value"]]
                         yield [member.name, made.phase, *spent, *numbers, made.metrics["protocol"], made.id]

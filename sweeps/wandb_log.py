@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve.store import digest
-from sweeps import collect, tables
+from sweeps import collect
 from sweeps.collect import Measurement, MemberResult, Sweep
 
 TRAINING = ("activate", "train", "reinforce")
@@ -83,8 +83,10 @@ def log(sweep: Sweep) -> tuple[int, str]:
             tokens = {"generated": member.generated[measurement.phase]} if measurement.phase in member.generated else {}
             timing = _timing(sweep, member, measurement.phase)
             run.log({"phase": order[measurement.phase], **_scalars(measurement), **tokens, **timing})
-        for benchmark, name in (("refinement", "by turn"), ("test_time", "by answers")):
+        names = {"refinement": "by turn", "test_time": "by answers"}
+        for benchmark in sweep.benchmarks:
             if measured := member.of(benchmark):
+                name = names.get(benchmark, f"{benchmark} by turn")
                 run.log({name: _table(wandb, measured), "phase": order[fresh[-1].phase]})
         run.finish()
         _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
@@ -121,8 +123,8 @@ def _scalars(measurement: Measurement) -> dict[str, float]:
     found: dict[str, float] = {}
     prefix = "" if measurement.benchmark == "refinement" else f"{measurement.benchmark}/"
     for kind, worth in measurement.headline.items():
-        for name in tables.METRICS:
-            if (estimate := worth[name]) is not None:
+        for name in measurement.titles:
+            if (estimate := worth.get(name)) is not None:
                 key = f"{prefix}{name}/{kind}"
                 found[key] = estimate["value"]
                 if estimate["low"] is not None:
@@ -132,12 +134,12 @@ def _scalars(measurement: Measurement) -> dict[str, float]:
 
 def _table(wandb: Any, measured: list[Measurement]) -> Any:
     """One benchmark's numbers by turn, or by answers used, with the tokens they cost."""
-    by = ["turn"] if measured[0].benchmark == "refinement" else ["kind", "answers", "tokens"]
+    by = ["turn"] if "turns" in measured[0].metrics else ["kind", "answers", "tokens"]
     table = wandb.Table(columns=["phase", *by, "metric", "value", "low", "high", "n", "protocol", "record"])
     for made in measured:
         for place, worth in _points(made.metrics):
-            for name in tables.METRICS:
-                if estimate := worth[name]:
+            for name in made.titles:
+                if estimate := worth.get(name):
                     numbers = [estimate[key] for key in ("value", "low", "high", "n")]
                     table.add_data(made.phase, *place, name, *numbers, made.metrics["protocol"], made.id)
     return table

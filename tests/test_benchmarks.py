@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import pytest
 
+from evals import test_time
 from evolve import config, launch
 from evolve.config import CONF
 from sweeps import card, collect, tables, wandb_log
@@ -105,8 +106,8 @@ def test_what_wandb_is_told(sweep: collect.Sweep) -> None:
     found: dict[str, Any] = {}
     for measurement in sweep.members[1].measurements:
         found |= wandb_log._scalars(measurement)
-    kinds = {f"{metric}/{kind}" for metric in tables.METRICS for kind in ("direct", "refined", "gain")}
-    kinds |= {f"test_time/{m}/{kind}" for m in tables.METRICS for kind in ("single", "latest", "oracle", "majority")}
+    kinds = {f"{metric}/{kind}" for metric in test_time.METRICS for kind in ("direct", "refined", "gain")}
+    kinds |= {f"test_time/{m}/{kind}" for m in test_time.METRICS for kind in ("single", "latest", "oracle", "majority")}
     assert {key for key in found if not key.endswith(("_low", "_high"))} == kinds
     assert all(f"{key}_{end}" in found for key in kinds for end in ("low", "high"))
 

@@ -5,15 +5,19 @@ and `run(config, inputs, out, context) -> Report`, which reads the inputs' folde
 stay inside `run`, so that planning needs none.
 
     data         rows of a data set -> one slice of it                    rows.jsonl
+    questions    a benchmark's files -> its prompts                       rows.jsonl
     reward_model pairs -> a small reward model                            a model's folder
     activate     model, pairs -> model                   (SFT)            a model's folder, steps.jsonl
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
+    likelihood   model, questions -> log-likelihoods of the choices       likelihoods.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
+    compare      answers, questions -> verdicts          (a judge)        verdicts.jsonl, replies.jsonl
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
     train        model, pairs, references -> model       (PT)             a model's folder, steps.jsonl
     reinforce    model, prompts -> model                 (PT on rewards)  a model's folder, steps.jsonl
-    evaluate     answers, scores -> metrics              (a benchmark)    metrics.json
+    evaluate     answers, scores or verdicts -> metrics  (a benchmark)    metrics.json, items.json
+    overlap      evaluation's prompts, training rows -> contamination     overlap.json
 """
 
 from __future__ import annotations
@@ -28,7 +32,22 @@ from typing import Any, Protocol
 from evolve.config import Optimiser, Section, Template
 from evolve.store import Report, Source, Stage
 
-KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "reinforce", "evaluate")
+KINDS = (
+    "data",
+    "questions",
+    "reward_model",
+    "activate",
+    "respond",
+    "likelihood",
+    "score",
+    "compare",
+    "pair",
+    "reference",
+    "train",
+    "reinforce",
+    "evaluate",
+    "overlap",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A benchmark's metrics from scored answers."""
+"""A benchmark's metrics from answers and their scores or verdicts, and the same by prompt (items.json)."""
 
 from __future__ import annotations
 
@@ -7,34 +7,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from evolve.config import RUNTIME, Benchmark, Section, Strategy
+from pydantic import Field
+
+from evolve.config import RUNTIME, Section, Strategy
 from evolve.stages import Context, read_rows
 from evolve.store import Report
 
-VERSION = 1
+VERSION = 2
+# Inputs by the file that `measure` gets the rows of; any other is a file itself.
+ROWS = {"questions": "rows.jsonl"} | {use: f"{use}.jsonl" for use in ("answers", "likelihoods", "verdicts")}
+ROWS |= dict.fromkeys(("scores", "select"), "scores.jsonl")
 
 
 class Config(Section):
-    benchmark: Benchmark
+    benchmark: str
     # What to quote a number with: the inputs' identities say the same, and names in it are only names.
     protocol: Annotated[str, RUNTIME]
+    judge: Annotated[str, RUNTIME] = ""  # who judged or scored, of the same kind
     strategy: Strategy | None = None  # how the answers were made, where the numbers depend on it
     verifier: str | None = None  # who extracts what an answer says
+    settings: dict[str, Any] = Field(default_factory=dict)  # what else `measure` goes by
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
-    from evals import BENCHMARKS
+    import evals
     from evolve import verifiers
 
-    benchmark = BENCHMARKS[config.benchmark]
-    given: dict[str, Any] = {use: read_rows(inputs[use] / "scores.jsonl") for use in inputs if use != "answers"}
+    benchmark = evals.load(config.benchmark)
+    given: dict[str, Any] = dict(config.settings)
+    for use, path in inputs.items():
+        given[use] = read_rows(path / ROWS[use]) if use in ROWS else path
     if config.strategy is not None:
         given["strategy"] = config.strategy
     if config.verifier is not None:
         given["extract"] = verifiers.load(config.verifier).extract
-    answers = read_rows(inputs["answers"] / "answers.jsonl")
-    metrics, unscored = benchmark.measure(answers, protocol=config.protocol, **given)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    found = benchmark.headline(metrics)
-    values = {name: worth["reward"]["value"] for name, worth in found.items() if name != "gain"}
-    return Report(dropped=unscored, values=values)
+    measured = benchmark.measure(protocol=config.protocol, **given)
+    (out / "metrics.json").write_text(json.dumps(measured.metrics | {"judge": config.judge}, indent=1) + "\n")
+    (out / "items.json").write_text(json.dumps(measured.items) + "\n")
+    for name, rows in benchmark.records(**given).items() if hasattr(benchmark, "records") else ():
+        (out / name).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = benchmark.headline(measured.metrics)
+    metric = next(iter(benchmark.METRICS))
+    values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
+    return Report(dropped=measured.dropped, values=values)

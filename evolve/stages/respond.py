@@ -26,7 +26,7 @@ class Config(Section):
     template: Template | None  # None: the strategy never refines
     sampling: Sampling
     scorer: ScoreConfig | None  # for a strategy that looks at scores on the way
-    max_prompt_tokens: int
+    max_prompt_tokens: int | None  # None: all are kept, and one that has no room has answers that were not made
     max_new_tokens: int
     max_length: int
     seed: int
@@ -40,7 +40,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     kept = [
         row
         for row in rows
-        if len(templates.encode_prompt(tokenizer, templates.direct(row["prompt"]))) <= config.max_prompt_tokens
+        if config.max_prompt_tokens is None
+        or len(templates.encode_prompt(tokenizer, templates.direct(row["prompt"]))) <= config.max_prompt_tokens
     ]
     if not kept:
         raise ValueError(f"all {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens}")
