@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import openai
 
 from evolve.config import Server
-from evolve.engines import Codec, Completion, Request, Task, too_long
+from evolve.engines import Codec, Completion, Request, Task, before, too_long
 from evolve.engines.serve import Served
 
 # How an answer ended, in our words; one that a filter cut off was cut off. Any other end is no answer.
@@ -171,6 +171,7 @@ class OpenAIEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "extra_body": more or None,
+            **({"stop": list(self.task.until[:4])} if self.task.until else {}),  # OpenAI's takes no more
         }
 
     def _next(self) -> Completion:
@@ -197,7 +198,9 @@ class OpenAIEngine:
             if self.codec is None:
                 raise RuntimeError(f"{self._where}: doesn't say how many tokens it made (usage)")
             tokens = len(self.codec.tokenizer.encode(said.text, add_special_tokens=False)) + (said.end == "stop")
-        return Completion(request.key, said.text, tokens, said.end, len(ids) if said.read is None else said.read)
+        text = before(said.text, self.task.until)
+        end = said.end if text == said.text else "stop"
+        return Completion(request.key, text.strip(), tokens, end, len(ids) if said.read is None else said.read)
 
     def _ask(self, ask: Callable[[], Any], read: Callable[[str], T]) -> T:
         """The client itself asks again after what is an error; this does after what is no answer."""
