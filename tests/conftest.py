@@ -94,7 +94,9 @@ def respond(template, tmp_path):
 
     greedy = Sampling(temperature=0, top_k=0, top_p=1)
 
-    def respond(engine, model, prompts, *, name=None, sampling=greedy, answers=3, new=12, length=200, limit=100):
+    def respond(
+        engine, model, prompts, *, name=None, sampling=greedy, answers=3, new=12, length=200, limit=100, until=()
+    ):
         out = tmp_path / (name or f"{len(list(tmp_path.iterdir()))}")
         (out / "prompts").mkdir(parents=True, exist_ok=True)
         write_rows(out / "prompts" / "rows.jsonl", ({"id": str(n), "prompt": text} for n, text in enumerate(prompts)))
@@ -111,6 +113,7 @@ def respond(template, tmp_path):
             max_new_tokens=new,
             max_length=length,
             seed=0,
+            until=until,
         ).config
         context = Context("cpu", lambda done, total: None, out / "partial")
         report = module("respond").run(config, {"model": model, "prompts": out / "prompts"}, out, context)

@@ -24,9 +24,9 @@ def ledger(seed):
 
 @pytest.fixture(scope="module")
 def load(tiny):
-    def load(sampling, batch=8, new=12, length=128):
+    def load(sampling, batch=8, new=12, length=128, until=()):
         read = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
-        task = engines.Task(tiny, read, sampling, new, length, "cpu")
+        task = engines.Task(tiny, read, sampling, new, length, "cpu", until)
         return engines.load(HF(name="hf", batch_size=batch), task)
 
     return load
@@ -196,3 +196,37 @@ def test_an_answer_at_the_limit_is_cut_off(load):
     assert {completion.tokens for completion in found.values()} == {1}
     assert {completion.end for completion in found.values()} == {"length", "stop"}
     assert all(completion.text == "" for completion in found.values() if completion.end == "stop")
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_an_answer_ends_before_the_first_stop_string(load, tokenizer, batch):
+    """As if the text had gone on and been cut; but nothing behind the string is generated, where a batch lets it."""
+    whole = drain(load(SAMPLED), REQUESTS)
+    words = sorted({word for completion in whole.values() for word in completion.text.split()})
+    until = (f"{words[0]} {words[-1]}", words[1], "never said")
+    found = drain(load(SAMPLED, batch=batch, until=until), REQUESTS)
+    cut = 0
+    for key, completion in found.items():
+        said = whole[key].text
+        places = [said.index(stop) for stop in until if stop in said]
+        assert completion.text == (said[: min(places)].strip() if places else said)
+        if places:
+            cut += 1
+            assert completion.end == "stop"
+            assert completion.ids == whole[key].ids[: completion.tokens]
+            ends = [
+                any(stop in tokenizer.decode(completion.ids[:n]) for stop in until)
+                for n in range(1 + len(completion.ids))
+            ]
+            assert ends == [False] * completion.tokens + [True]
+        else:
+            assert completion == whole[key]
+    assert 5 < cut < len(REQUESTS)
+
+
+def test_generation_stops_at_a_stop_string_and_not_at_the_prompts(load):
+    engine = load(GREEDY, batch=1, new=100, until=("1",))
+    steps = []
+    engine.model.register_forward_hook(lambda *_: steps.append(1))
+    [completion] = drain(engine, [asks((0, 0), "1 1 1", [], 0)]).values()
+    assert 0 < len(steps) <= completion.tokens < 100

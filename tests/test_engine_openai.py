@@ -121,8 +121,8 @@ def load(tiny):
     """Engines for a server; closed with the test."""
     with contextlib.ExitStack() as opened:
 
-        def load(fake, sampling=SAMPLED, new=12, length=128, **values):
-            task = engines.Task(tiny, READ, sampling, new, length, "cpu")
+        def load(fake, sampling=SAMPLED, new=12, length=128, until=(), **values):
+            task = engines.Task(tiny, READ, sampling, new, length, "cpu", until)
             return opened.enter_context(contextlib.closing(engines.load(settings(fake.url, **values), task)))
 
         yield load
@@ -165,6 +165,15 @@ def test_an_answer_depends_on_its_own_request_alone(server, load, tiny, endpoint
         shuffled = random.Random(batch).sample(REQUESTS, len(REQUESTS))
         assert drain(load(server, batch_size=batch, endpoint=endpoint), shuffled) == expected
     assert max(request.seed for request in REQUESTS) > 2**62
+
+
+def test_a_server_is_told_four_stop_strings_and_what_it_leaves_is_cut(server, load):
+    server.answer = lambda body: says("one two. three five", "length")
+    until = ("a", "b", "c", "d", " three", "two")
+    found = drain(load(server, until=until), REQUESTS[:2])
+    assert {(said.text, said.end) for said in found.values()} == {("one", "stop")}
+    assert [body["stop"] for body in server.bodies] == [["a", "b", "c", "d"]] * 2
+    assert drain(load(server, until=("six",)), REQUESTS[:1])[0, 0].end == "length"
 
 
 def test_batch_size_requests_are_under_way_at_once(server, load):

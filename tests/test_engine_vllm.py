@@ -34,6 +34,12 @@ def test_it_answers_as_transformers_does(respond, wide, sampling):
     assert ends == {"stop", "length"}
 
 
+def test_it_ends_at_stop_strings_as_transformers_does(respond, wide):
+    ours = respond(HFS, wide, LEDGERS, sampling=CUT, until=("1 2", "3"))
+    assert respond(VLLMS, wide, LEDGERS, sampling=CUT, until=("1 2", "3")) == ours
+    assert ours[0] != respond(HFS, wide, LEDGERS, sampling=CUT)[0]
+
+
 def test_neither_company_nor_processes_change_an_answer(respond, wide):
     alone = respond(VLLM(name="vllm", batch_size=1), wide, LEDGERS, sampling=CUT)
     assert respond(VLLM(name="vllm", batch_size=16, processes=2), wide, LEDGERS, sampling=CUT) == alone

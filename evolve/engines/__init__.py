@@ -11,6 +11,7 @@ sooner or later. hf and vllm draw the same tokens from the same seed where their
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """What an engine gives back.
 
-    end: 'stop' (of itself), 'length' (cut off at the token limit) or 'too long' (not made: its prompt left no room).
+    end: 'stop' (of itself, or at a stop string), 'length' (cut off at the token limit) or 'too long' (not made: its
+    prompt left no room).
     tokens: generated, the one that ended it too. read: of the prompt.
     """
 
@@ -49,6 +51,7 @@ class Task:
     """What any engine has to know: the model and how to read it, how to draw answers, how long they may be.
 
     `max_length` is in tokens of prompt and answer together. `model` is None where a server that runs has its own.
+    An answer ends before the first of the strings `until`.
     """
 
     model: Path | None
@@ -57,6 +60,7 @@ class Task:
     max_new_tokens: int
     max_length: int
     device: str
+    until: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -118,12 +122,30 @@ class Codec:
         return ids if len(ids) + self.task.max_new_tokens <= self.task.max_length else None
 
     def completion(self, request: Request, read: int, ids: Sequence[int]) -> Completion:
-        """From the ids generated; what stands behind the first that ends an answer is none of it."""
+        """From the ids generated; what stands behind the first that ends an answer is none of it.
+
+        A stop string ends it with the token that completes the string, however many more an engine has made.
+        """
         place = next((place for place, token in enumerate(ids) if token in self.ends), None)
         answer = ids if place is None else ids[:place]
-        spent = tuple(ids if place is None else ids[: place + 1])
-        text = str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
-        return Completion(request.key, text, len(spent), "length" if place is None else "stop", read, spent)
+        spent, end = tuple(ids if place is None else ids[: place + 1]), "length" if place is None else "stop"
+        text = self.decode(answer)
+        if self.stops(answer):
+            spent = tuple(answer[: 1 + bisect_left(range(1, len(answer)), True, key=lambda n: self.stops(answer[:n]))])
+            text, end = before(self.decode(spent), self.task.until), "stop"
+        return Completion(request.key, text.strip(), len(spent), end, read, spent)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stops(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string stands in the text of these ids."""
+        return bool(self.task.until) and any(stop in self.decode(ids) for stop in self.task.until)
+
+
+def before(text: str, until: Sequence[str]) -> str:
+    """What stands before the first of the stop strings; all of the text, if none of them does."""
+    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
 
 
 def too_long(request: Request) -> Completion:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from evolve.engines import Codec, Completion, Request, Task, too_long
 from evolve.engines.draw import Sampler, only
@@ -18,6 +25,20 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         return only(scores, self.sampler(scores, self.seeds, input_ids.shape[1] - self.prompt_width))
+
+
+class _Until(StoppingCriteria):
+    """Ends a row at a stop string in what was generated; transformers' own looks at the prompt too."""
+
+    def __init__(self, codec: Codec, prompt_width: int):
+        self.codec, self.prompt_width = codec, prompt_width
+        # Tokens in which a string that the newest of them completes must stand: each has a byte of it at least.
+        self.window = 1 + max(len(stop.encode()) for stop in codec.task.until)
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        rows = input_ids[:, self.prompt_width :].tolist()
+        done = [self.codec.stops(row[-self.window :]) and self.codec.stops(row) for row in rows]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class HFEngine:
@@ -72,10 +93,12 @@ class HFEngine:
         if self.sampler is not None:
             seeds = torch.tensor([request.seed for _, request in batch], device=self.task.device)
             processors.append(_Draw(self.sampler, seeds, width))
+        criteria = [_Until(self.codec, width)] if self.task.until else []
         output = self.model.generate(
             input_ids=input_ids.to(self.task.device),
             attention_mask=mask.to(self.task.device),
             logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList(criteria),
             do_sample=False,
         )[:, width:].tolist()
         return [

@@ -13,7 +13,7 @@ from queue import PriorityQueue, SimpleQueue
 from typing import Any
 
 from evolve.config import Server
-from evolve.engines import Codec, Completion, Request, Task, too_long
+from evolve.engines import Codec, Completion, Request, Task, before, too_long
 from evolve.engines.client import FAILURES, Client, no_room, read_answer
 
 # Who takes more fields than OpenAI has, as their lists of models name them; other servers may refuse such a request.
@@ -94,6 +94,7 @@ class OpenAIEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "extra_body": more or None,
+            **({"stop": list(self.task.until[:4])} if self.task.until else {}),  # OpenAI's takes no more
         }
 
     def _next(self) -> Completion:
@@ -122,4 +123,6 @@ class OpenAIEngine:
             if self.codec is None:
                 raise RuntimeError(f"{self.client.where}: doesn't say how many tokens it made (usage)")
             tokens = len(self.codec.tokenizer.encode(text, add_special_tokens=False)) + (said.end == "stop")
-        return Completion(request.key, text, tokens, said.end, len(ids) if said.read is None else said.read)
+        text = before(said.text, self.task.until)
+        end = said.end if text == said.text else "stop"
+        return Completion(request.key, text.strip(), tokens, end, len(ids) if said.read is None else said.read)

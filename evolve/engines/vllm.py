@@ -34,7 +34,7 @@ def arguments(settings: VLLM, task: Task) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel,
         "quantization": settings.quantization,
         "gpu_memory_utilization": settings.memory_share,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not task.until,
         "disable_log_stats": True,
         "seed": 0,
     }
@@ -71,7 +71,8 @@ class VLLMEngine:
             temperature=0,
             max_tokens=task.max_new_tokens,
             stop_token_ids=self.codec.ends,
-            detokenize=False,
+            stop=list(task.until),
+            detokenize=bool(task.until),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"seed": seed, "sampling": task.sampling.model_dump()},
         )

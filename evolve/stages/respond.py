@@ -30,6 +30,7 @@ class Config(Section):
     max_new_tokens: int
     max_length: int
     seed: int
+    until: tuple[str, ...] = ()  # strings before which an answer ends
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
@@ -101,6 +102,7 @@ def answer(
         max_new_tokens=config.max_new_tokens,
         max_length=config.engine.max_length or config.max_length,
         device=context.device,
+        until=config.until,
     )
     asked, done = len(numbers) * config.strategy.answers, 0
 
