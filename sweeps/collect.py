@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ class Sweep:
     folder: Path
     store: Store
     members: list[MemberResult]
+    _items: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def record(self, stage_id: str) -> dict[str, Any] | None:
+        """A stage's record; None where it has not run."""
+        return _record(self.store, stage_id)
+
+    def items(self, measurement: Measurement) -> dict[str, dict[str, dict[str, float]]]:
+        """{kind of answer: {metric: {prompt's id: value}}}."""
+        if measurement.id not in self._items:
+            path = self.store.folder(measurement.id) / "items.json"
+            self._items[measurement.id] = json.loads(path.read_text())
+        return self._items[measurement.id]
 
     @property
     def benchmarks(self) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from evolve.show import console as make_console
-from sweeps import collect, figures, tables
+from sweeps import collect, differences, figures, tables
 
 
 def show(folder: Path) -> None:
@@ -16,9 +16,12 @@ def show(folder: Path) -> None:
     if not any(member.measurements for member in sweep.members):
         console.print("nothing has been measured yet, so there is no table")
         return
-    for table in tables.shown(sweep):
+    found = tables.shown(sweep) + differences.shown(sweep)
+    for table in found:
         console.print(tables.rich_table(table))
-    written = tables.write(sweep) + figures.write(sweep)
+    for line in tables.overlaps(sweep):
+        console.print(line, soft_wrap=True)
+    written = tables.write(sweep, found) + differences.write(sweep) + figures.write(sweep)
     missing = sum(len(member.missing) for member in sweep.members)
     if missing:
         console.print(f"missing {missing} measurements: the sweep's command, given again, makes them", style="yellow")

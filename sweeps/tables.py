@@ -142,6 +142,23 @@ def shown(sweep: Sweep) -> list[Shown]:
     return found
 
 
+def overlaps(sweep: Sweep) -> list[str]:
+    """Contamination as lines: how many prompts of each evaluation stand in what members train on."""
+    found: dict[str, set[str]] = {}
+    for step in {step["id"]: step for member in sweep.members for step in member.steps}.values():
+        record = sweep.record(step["id"]) if step["kind"] == "overlap" else None
+        asked = sweep.record(record["inputs"]["evaluation"]) if record else None
+        if not record or not asked:
+            continue
+        name = asked["identity"]["config"].get("benchmark", "held-out prompts")
+        values = record["values"]
+        found.setdefault(name, set()).add(
+            f"{values['exact']} of {values['evaluation']} stand in {values['training']:,} training rows, and "
+            f"{values['ngram']} share {record['identity']['config']['words']} words in a row with them"
+        )
+    return [f"overlap {name}: {'; '.join(sorted(lines))}" for name, lines in found.items()]
+
+
 def rich_table(made: Shown) -> Table:
     table = Table(title=made.title, title_justify="left")
     for place, name in enumerate(made.rows[0]):
@@ -162,23 +179,23 @@ def markdown(made: Shown) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(sweep: Sweep) -> list[Path]:
-    """table.md, and table.csv with a line for each member, phase, benchmark, turn and metric, down to its record.
+def write(sweep: Sweep, found: Iterable[Shown]) -> list[Path]:
+    """table.md with the tables as shown; table.csv with a line for each member, phase, benchmark, turn and metric.
 
-    test_time.csv has the like, by answers used, where that was measured. Returns the files.
+    Each line leads to its record. test_time.csv has the like, by answers used, where that was measured. Returns the files.
     """
     files = [sweep.folder / "table.md", sweep.folder / "table.csv"]
-    files[0].write_text("\n".join(map(markdown, shown(sweep))))
+    files[0].write_text("\n".join(map(markdown, found)))
     whose = ["member", "phase"]
     number, source = ["metric", "value", "low", "high", "n"], ["protocol", "record"]
-    _csv(files[1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
+    write_csv(files[1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
     if scaled := list(_sizes(sweep)):
         files.append(sweep.folder / "test_time.csv")
-        _csv(files[-1], [*whose, "kind", "answers", "tokens", *number, *source], scaled)
+        write_csv(files[-1], [*whose, "kind", "answers", "tokens", *number, *source], scaled)
     return files
 
 
-def _csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+def write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 

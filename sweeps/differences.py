@@ -1,0 +1,141 @@
+"""Which differences in a sweep are more than chance: paired by prompt, corrected over the table (Holm).
+
+Three questions, kept apart:
+
+    self-refinement    refined - direct answers of one model: what its second look is worth
+    self-improvement   direct answers of a later model - those of the base: what training has done to the first
+    against            refined answers of a member - those of the sweep's first, after their last phase
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import evals
+from evals import statistics
+from sweeps import tables
+from sweeps.collect import Measurement, MemberResult, Sweep
+
+NUMBERS = ("value", "low", "high", "n", "p", "p_corrected", "detectable")
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One difference of a table; `unpaired` prompts have a value on one side alone and are left out."""
+
+    question: str
+    member: str
+    phase: str
+    difference: statistics.Difference
+    unpaired: int
+    records: tuple[str, str]  # after, before
+
+
+def rows(sweep: Sweep, benchmark: str, judge: str, metric: str, every_phase: bool = False) -> list[Row]:
+    """A table's differences: after each member's last phase, or after every one. Empty where nothing is comparable."""
+    found = {
+        key: (after, before)
+        for key, after, before in _comparisons(sweep, benchmark, judge, every_phase)
+        if metric in _kinds(sweep, after) and metric in _kinds(sweep, before)
+    }
+    sides, unpaired = {}, {}
+    for key, (after, before) in found.items():
+        left, right = (_values(sweep, side, metric) for side in (after, before))
+        common = left.keys() & right.keys()
+        if common:
+            sides[key] = ({k: [left[k]] for k in common}, {k: [right[k]] for k in common})
+            unpaired[key] = len(left.keys() ^ right.keys())
+    tested = statistics.differences(sides)
+    return [
+        Row(*key, difference, unpaired[key], (found[key][0][0].id, found[key][1][0].id))
+        for key, difference in tested.items()
+    ]
+
+
+Side = tuple[Measurement, str]  # and which of its answers
+
+
+def _comparisons(
+    sweep: Sweep, benchmark: str, judge: str, every_phase: bool
+) -> Iterator[tuple[tuple[str, str, str], Side, Side]]:
+    first: MemberResult | None = None
+    for member in sweep.members:
+        measured = member.of(benchmark, judge)
+        if not measured:
+            continue
+        base, shown = measured[0], measured if every_phase else measured[-1:]
+        for made in shown:
+            kinds = list(made.headline)
+            refined = next((kind for kind in kinds if kind in evals.load(benchmark).OBJECTIVE), kinds[-1])
+            if refined != kinds[0]:
+                yield ("self-refinement", member.name, made.phase), (made, refined), (made, kinds[0])
+            if made.id != base.id:
+                yield ("self-improvement", member.name, made.phase), (made, kinds[0]), (base, kinds[0])
+            if first is not None and made is measured[-1]:
+                other = first.of(benchmark, judge)[-1]
+                if other.id != made.id:
+                    yield (f"against {first.name}", member.name, made.phase), (made, refined), (other, refined)
+        first = first or member
+
+
+def _kinds(sweep: Sweep, side: Side) -> set[str]:
+    return {metric for metric, values in sweep.items(side[0]).get(side[1], {}).items() if values}
+
+
+def _values(sweep: Sweep, side: Side, metric: str) -> Values:
+    return sweep.items(side[0])[side[1]][metric]
+
+
+def shown(sweep: Sweep) -> list[tables.Shown]:
+    """A table for each benchmark and judge, of its main metric, after the last phases."""
+    found = []
+    for benchmark in sweep.benchmarks:
+        metric, title = next(iter(evals.load(benchmark).METRICS.items()))
+        for judge in sweep.judges(benchmark):
+            tested = rows(sweep, benchmark, judge, metric)
+            if not tested:
+                continue
+            about = (
+                f"{'' if benchmark == 'refinement' else f'{benchmark}, '}differences of {title} after the last phase, "
+                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); seen from: the smallest "
+                "difference that four of five such tests would see"
+            )
+            if left_out := sum(row.unpaired for row in tested):
+                about += f"; {left_out} prompts left out that one side has no score for"
+            cells = [
+                [row.question, row.member, tables.number(asdict(row.difference)), _p(row.difference), _seen(row)]
+                for row in tested
+            ]
+            found.append(tables.Shown(about, [["question", "member", "difference", "p", "seen from"], *cells]))
+    return found
+
+
+def _p(difference: statistics.Difference) -> str:
+    return "<0.001" if difference.p_corrected < 0.001 else f"{difference.p_corrected:.3f}"
+
+
+def _seen(row: Row) -> str:
+    return "-" if row.difference.detectable is None else f"{row.difference.detectable:.3f}"
+
+
+def write(sweep: Sweep) -> list[Path]:
+    """differences.csv: every benchmark, judge, metric and phase. Returns the file, or none where nothing compares."""
+    lines = [
+        [benchmark, judge, metric, row.question, row.member, row.phase]
+        + [getattr(row.difference, name) for name in NUMBERS]
+        + [row.unpaired, *row.records]
+        for benchmark in sweep.benchmarks
+        for judge in sweep.judges(benchmark)
+        for metric in evals.load(benchmark).METRICS
+        for row in rows(sweep, benchmark, judge, metric, every_phase=True)
+    ]
+    if not lines:
+        return []
+    path = sweep.folder / "differences.csv"
+    head = ["benchmark", "judge", "metric", "question", "member", "phase"]
+    tables.write_csv(path, [*head, *NUMBERS, "unpaired", "record", "record before"], lines)
+    return [path]
