@@ -62,7 +62,7 @@ def read(path: str, split: str, prompt: str = "prompt", gold: str | None = None)
     none. Raises DataError naming the file and line where something is wrong.
     """
     if is_file(path):
-        raw = _parse(path)
+        raw = parse(path)
     else:
         from datasets import load_dataset
 
@@ -83,7 +83,8 @@ def read(path: str, split: str, prompt: str = "prompt", gold: str | None = None)
     return rows
 
 
-def _parse(path: str) -> list[tuple[int, Any]]:
+def parse(path: str) -> list[tuple[int, Any]]:
+    """The rows of a JSONL file or JSON list, each with its number. Raises DataError naming file and line."""
     number = 0
     try:
         opened = gzip.open if path.endswith(".gz") else open
@@ -115,17 +116,17 @@ def ordered(rows: list[Row], seed: int, max_characters: int | None) -> tuple[lis
     kept: dict[str, Row] = {}
     # In an order of their own, so that which of two rows with one prompt is kept is not the file's order either.
     for row in sorted(rows, key=lambda row: [row.get(key, "") for key in ("prompt", "chosen", "rejected", "gold")]):
-        same = _same(row["prompt"])
+        key = same(row["prompt"])
         if not all(text.strip() for text in row.values()):
             dropped["empty"] += 1
         elif max_characters is not None and max(map(len, row.values())) > max_characters:
             dropped["too many characters"] += 1
         elif has_pair(row) and row["chosen"] == row["rejected"]:
             dropped["chosen is rejected"] += 1
-        elif same in kept:
+        elif key in kept:
             dropped["prompt seen before"] += 1
         else:
-            kept[same] = row
+            kept[key] = row
     order = sorted(kept.values(), key=lambda row: hashlib.sha256(f"{seed}\x00{row['prompt']}".encode()).digest())
     return order, {reason: count for reason, count in dropped.items() if count}
 
@@ -134,7 +135,7 @@ def has_pair(row: Row) -> bool:
     return "chosen" in row
 
 
-def _same(prompt: str) -> str:
+def same(prompt: str) -> str:
     """A prompt without what does not make it another one: case and spacing."""
     return " ".join(prompt.split()).lower()
 
@@ -178,8 +179,8 @@ def slice_rows(
             if pool == "eval":
                 rows, dropped = held_out, eval_dropped
             else:
-                prompts = {_same(row["prompt"]) for row in held_out}
-                clean = [row for row in rows if _same(row["prompt"]) not in prompts]
+                prompts = {same(row["prompt"]) for row in held_out}
+                clean = [row for row in rows if same(row["prompt"]) not in prompts]
                 if len(clean) < len(rows):
                     dropped["prompt is held out"] = len(rows) - len(clean)
                 rows = clean
