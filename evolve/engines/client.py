@@ -64,14 +64,21 @@ def read_answer(body: str, silent: bool = False) -> Said:
     text, end = choice["message"]["content"] if "message" in choice else choice["text"], ENDS[choice["finish_reason"]]
     if text is None and (silent or end != "stop"):
         text = ""
-    # JSON can hold half a surrogate pair, and UTF-8 can't.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = _whole(text)
     usage = answer.get("usage") or {}
     tokens, read = (
         count if isinstance(count := usage.get(name), int) else None for name in ("completion_tokens", "prompt_tokens")
     )
     logprobs = choice.get("logprobs")
-    return Said(text, end, tokens, read, logprobs.get("content") if isinstance(logprobs, dict) else None)
+    logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if logprobs is not None:  # what can't be at all may be said to be -Infinity, which JSON has no word for
+        logprobs = json.loads(_whole(json.dumps(logprobs, ensure_ascii=False)), parse_constant=lambda _: -9999.0)
+    return Said(text, end, tokens, read, logprobs)
+
+
+def _whole(text: str) -> str:
+    """JSON can hold half a surrogate pair, and UTF-8 can't."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Settings(Protocol):
