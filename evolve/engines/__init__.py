@@ -33,7 +33,8 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """What an engine gives back.
 
-    end: 'stop' (of itself, or at a stop string), 'length' (cut off at the token limit) or 'too long' (not made: its prompt left no room).
+    end: 'stop' (of itself, or at a stop string), 'length' (cut off at the token limit) or 'too long' (not made: its
+    prompt left no room).
     tokens: generated, the one that ended it too. read: of the prompt.
     """
 
