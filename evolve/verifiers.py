@@ -68,15 +68,15 @@ class Exact(Verifier):
         lines = answer.strip().splitlines() or [""]
         stated = re.findall(r"####(.*)|answer is:?(.*?)(?:\.\s|$)", answer, re.IGNORECASE | re.MULTILINE)
         marked = [first for first, _ in stated if first] or [second for _, second in stated if second]
-        boxed = _boxed(answer)
-        return _plain(boxed if boxed is not None else (marked or lines)[-1]) or None
+        inside = boxed(answer)
+        return _plain(inside if inside is not None else (marked or lines)[-1]) or None
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).strip("$. ").casefold()
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{}, braces within it balanced."""
     _, found, rest = text.rpartition("\\boxed{")
     depth = 1

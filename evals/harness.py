@@ -1,0 +1,482 @@
+"""Any task of lm-evaluation-harness: answered by stages of this harness, scored by lm-eval's own filters and scorers.
+
+    questions   lm-eval builds each prompt; a model that only records keeps it   {"id": "gsm8k/0", "prompt": "..."}
+    respond     a chain answers and refines
+    measure     lm-eval runs once for each turn, with a model that replays that turn's answers
+
+What lm-eval reports of a document is kept by document, so turns and models are compared in pairs. A group (mmlu,
+hendrycks_math) is pooled over its documents. Multiple-choice tasks have no answers that could be refined: the stage
+`likelihood` asks the model for the choices' probabilities, and there is one turn.
+
+A number depends on more than its task's name: `protocol` says on what. GSM8K's "strict" wants "#### 18", "flexible"
+takes the last number; between the two of one run there can be fifty points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from evals import statistics
+from evals.needs import Measured
+
+TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
+OBJECTIVE = ("refined", "direct")
+EXPLAIN = {"gain": "refined - direct, paired"}
+METRICS = {
+    "accuracy": "accuracy",
+    "strict": "strict match",
+    "flexible": "flexible extraction",
+    "prompt_level_strict_acc": "prompts followed, strict",
+    "prompt_level_loose_acc": "prompts followed, loose",
+    "inst_level_strict_acc": "instructions followed, strict",
+    "inst_level_loose_acc": "instructions followed, loose",
+    "acc_norm": "accuracy, choices by length",
+}
+NAMES = {
+    ("exact_match", "strict-match"): "strict",
+    ("exact_match", "flexible-extract"): "flexible",
+    ("exact_match", "none"): "accuracy",
+    ("acc", "none"): "accuracy",
+}
+UNSCORED = "unscored"  # among a sample's metrics: its scorer failed
+
+Row = dict[str, Any]
+Data = str | Path | Mapping[str, str | Path] | None
+
+
+# ---- what a task is, from its YAML alone
+
+
+def kind(task: str) -> str:
+    """'generate' or 'likelihood': what the task wants of a model.
+
+    Raises ValueError for a task that isn't there, one that is both, and one that can't be measured by this harness.
+    """
+    kinds = set()
+    for name, config in _parts(task).items():
+        if config.get("unsafe_code"):
+            raise ValueError(f"{name}: runs code that the model wrote, which is never done here")
+        if "class" in config:
+            raise ValueError(f"{name}: a task in Python, of which its YAML doesn't say what it asks; take one in YAML")
+        if config.get("repeats", 1) > 1:
+            raise ValueError(f"{name}: wants {config['repeats']} answers a document, and a turn has one")
+        if config.get("doc_to_image") or config.get("doc_to_audio"):
+            raise ValueError(f"{name}: shows images or sounds, and prompts here are text")
+        kinds.add("generate" if config.get("output_type", "generate_until") == "generate_until" else "likelihood")
+    if len(kinds) > 1:
+        raise ValueError(f"{task}: some of its tasks generate and some compare likelihoods; take them by themselves")
+    return kinds.pop()
+
+
+def until(task: str) -> tuple[str, ...]:
+    """The strings before which an answer ends. Raises ValueError for a group whose tasks differ in them."""
+    found = {_until(config) for config in _parts(task).values()}
+    if len(found) > 1:
+        raise ValueError(f"{task}: its tasks stop at different strings; take them by themselves")
+    return found.pop()
+
+
+def _until(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """As TaskConfig has it: where nothing is said, few-shot examples' delimiter."""
+    stops = (config.get("generation_kwargs") or {}).get("until", [config.get("fewshot_delimiter", "\n\n")])
+    return (stops,) if isinstance(stops, str) else tuple(stops or ())
+
+
+def protocol(
+    task: str,
+    *,
+    data: Data = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+    tokens: int | None = None,
+) -> str:
+    """What a number of this task must be quoted with. tokens: the most that an answer may have."""
+    parts = list(_parts(task).values())
+    versions = sorted({str((config.get("metadata") or {}).get("version", "?")) for config in parts})
+    used = sorted({_shots(config, shots) for config in parts})
+    filters = [one["name"] for one in parts[0].get("filter_list") or []]
+    generates = kind(task) == "generate"
+    words = [
+        f"lm-eval {version('lm_eval')} {task} version {'/'.join(versions)}",
+        *([f"pooled over {len(parts)} tasks"] if len(parts) > 1 else []),
+        f"{'/'.join(map(str, used))}-shot",
+        # The engines have no other way; `chat` decides how lm-eval lays the prompt out.
+        "one user turn of the chat template" if chat or generates else "no chat template",
+        *([f"extraction {' and '.join(filters)}"] if filters else []),
+        *([f"stops at {json.dumps(until(task), ensure_ascii=False)}"] if generates and until(task) else []),
+        *([f"at most {tokens} tokens"] if generates and tokens else []),
+        *([f"first {limit} documents{' of each' if len(parts) > 1 else ''}"] if limit else []),
+        *(["data from a file"] if data else []),
+    ]
+    return ", ".join(words)
+
+
+def _shots(config: Mapping[str, Any], shots: int | None) -> int:
+    own = config.get("num_fewshot")
+    if own == 0 and shots:
+        raise ValueError(f"{config['task']}: is a task without examples (num_fewshot: 0), so {shots} can't be shown")
+    return int(shots if shots is not None else own or 0)
+
+
+@lru_cache
+def _manager(*folders: Path) -> Any:
+    import lm_eval.tasks
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant
+    return lm_eval.tasks.TaskManager(include_path=[*folders, TASKS], include_defaults=False)
+
+
+@lru_cache
+def _find(task: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The manager that knows the task, and the configs of the tasks it consists of, functions unresolved.
+
+    All of lm-eval's YAML takes seconds to read: the folder that is named like the task comes first.
+    """
+    [package] = find_spec("lm_eval").submodule_search_locations
+    packaged = Path(package) / "tasks"
+    named = [folder for folder in packaged.iterdir() if task.startswith(folder.name) and folder.is_dir()]
+    for folders in ([], [max(named, key=lambda folder: len(folder.name))] if named else [], [packaged]):
+        manager = _manager(*folders)
+        with contextlib.suppress(KeyError):
+            return manager, dict(_leaves(task, manager.task_index))
+    close = difflib.get_close_matches(task, manager.all_tasks, n=5)
+    raise ValueError(f"{task}: no such task in lm-eval; close to it: {', '.join(close) or 'none'}")
+
+
+def _parts(task: str) -> dict[str, dict[str, Any]]:
+    return _find(task)[1]
+
+
+def _leaves(name: str, index: Mapping[str, Any], above: Mapping[str, Any] = {}) -> Iterator[tuple[str, dict[str, Any]]]:
+    entry = index[name]
+    if entry.tags and not entry.cfg:
+        for tagged in sorted(entry.tags):
+            yield from _leaves(tagged, index, above)
+    elif "group" not in entry.cfg:
+        yield name, {**entry.cfg, **above, "task": name}
+    else:
+        for item in entry.cfg["task"]:
+            item = {"task": item} if isinstance(item, str) else dict(item)
+            child = item.pop("group", None) or item.pop("task")
+            yield from _leaves(child, index, {**above, **item})
+
+
+# ---- running lm-eval
+
+
+def _run(
+    task: str, model: Any, data: Data, shots: int | None, limit: int | None, chat: bool, **more: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm-eval's results, and its tasks by name."""
+    from lm_eval import simple_evaluate
+
+    kind(task)
+    manager, parts = _find(task)
+    for config in parts.values():
+        _shots(config, shots)
+    if data is None:
+        loaded = manager.load([task])
+        chosen = [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
+    else:
+        local = [{"task": name, **_local(name, config, data, shots, len(parts) > 1)} for name, config in parts.items()]
+        loaded = manager.load([{"group": f"{task} (local)", "task": local}])
+        chosen = list(loaded["tasks"].values())
+    for one in loaded["tasks"].values():
+        one.process_results = _counted(one)
+    results = simple_evaluate(
+        model=model,
+        tasks=chosen,
+        task_manager=manager,
+        num_fewshot=shots,
+        limit=limit,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=False,
+        bootstrap_iters=0,
+        **more,
+    )
+    return results, loaded["tasks"]
+
+
+def _local(name: str, config: Mapping[str, Any], data: Data, shots: int | None, several: bool) -> dict[str, Any]:
+    """What a task's config says instead, to be read from files: {split: file}, a file, or for a group a folder.
+
+    Raises ValueError where a file is missing.
+    """
+    tested = config.get("test_split") or config.get("validation_split")
+    examples = config.get("fewshot_config") or {}
+    shown = examples.get("split") or config.get("fewshot_split") or config.get("training_split")
+    if isinstance(data, Mapping):
+        files = {split: Path(path) for split, path in data.items()}
+    else:
+        path = Path(data or "")
+        if several or path.is_dir():
+            path = _file(path, name)
+        files = {tested: path}
+        if _shots(config, shots) and shown and shown != tested:
+            with contextlib.suppress(ValueError):
+                files[shown] = _file(path.parent, shown)
+    wanted = {tested} | ({shown} if _shots(config, shots) and not examples.get("samples") else set())
+    for split in wanted:
+        if split not in files or not files[split].is_file():
+            raise ValueError(
+                f"{name}: its split {split!r} is in no file ({files.get(split, f'{split}.jsonl beside the other')}); "
+                "give data={split: file}, or take fewer shots"
+            )
+    keep = shown in files
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}},
+        "training_split": config.get("training_split") if config.get("training_split") in files else None,
+        "fewshot_split": config.get("fewshot_split") if keep else None,
+    }
+
+
+def _file(folder: Path, name: str) -> Path:
+    for ending in (".jsonl", ".jsonl.gz"):
+        if (folder / f"{name}{ending}").is_file():
+            return folder / f"{name}{ending}"
+    raise ValueError(f"{folder}: has no {name}.jsonl or {name}.jsonl.gz")
+
+
+def _counted(task: Any) -> Any:
+    """The task's scorer; where it fails, or has no log-likelihoods to go by, every metric says wrong, and UNSCORED."""
+    from lm_eval.api.metrics import mean
+
+    from evals.replay import UNASKED
+
+    score = task.process_results
+    better, averaged = task.higher_is_better(), task.aggregation()
+
+    def counted(doc: Any, results: Sequence[Any]) -> dict[str, Any]:
+        try:
+            if any(result is UNASKED for result in results):
+                raise ValueError("no log-likelihoods")
+            return dict(score(doc, results))
+        except Exception as error:
+            if not averaged or any(averaged[name] is not mean or not better.get(name, True) for name in averaged):
+                raise RuntimeError(f"{task.task_name}: its scorer fails ({error!r}), and has no worst value") from error
+            return {**dict.fromkeys(averaged, 0.0), UNSCORED: 1}
+
+    return counted
+
+
+# ---- questions and metrics
+
+
+def questions(
+    task: str, *, data: Data = None, shots: int | None = None, limit: int | None = None, chat: bool = True
+) -> list[Row]:
+    """Rows {"id", "prompt", "task", "doc", "shots", "version"} and "until", or "requests" and "chat" for likelihoods.
+
+    Args:
+        data: a file (JSONL, .gz too) instead of the hub's data; examples are then in one beside it that is named like
+            their split (train.jsonl). {split: file} names both. Of a group: a folder with a file for each of its tasks.
+        shots: examples that are shown; None: as many as the task has by itself.
+        limit: the first so many documents, of a group: of each task.
+        chat: laid out as for a chat template, in one user turn.
+
+    Raises:
+        ValueError: no such task, or its data or examples are not there.
+    """
+    from evals.replay import Recorder
+
+    recorder = Recorder(kind(task))
+    _, tasks = _run(task, recorder, data, shots, limit, chat, predict_only=True, log_samples=False)
+    rows = []
+    for name, row in recorder.rows.items():
+        part, _, number = name.rpartition("/")
+        about = {
+            "task": part,
+            "doc": int(number),
+            "shots": tasks[part].config.num_fewshot,
+            "version": tasks[part].VERSION,
+        }
+        rows.append({"id": name, **row, **about})
+    return rows
+
+
+def measure(
+    questions: Sequence[Mapping[str, Any]],
+    made: Sequence[Mapping[str, Any]],
+    protocol: str,
+    task: str,
+    *,
+    data: Data = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+) -> Measured:
+    """Metrics by turn.
+
+    Args:
+        questions: rows that `questions` made with the same arguments.
+        made: rows of answers.jsonl, all made by a chain, or of likelihoods.jsonl. An answer that was never made counts
+            as wrong; the answer that ended a chain early stands for the turns that were not made.
+
+    Raises:
+        ValueError: the questions are not the task's any more.
+    """
+    from evals.replay import Replayer
+
+    never_made, unscored = "answers never made, counted as wrong", "answers whose scorer failed, counted as wrong"
+    turns, values, dropped = [], [], {never_made: 0, unscored: 0}
+    for turn, given in enumerate(_turns(questions, made), 1):
+        model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, given)
+        results, tasks = _run(task, model, data, shots, limit, chat)
+        estimates, by_document, failed = _estimates(results["samples"], tasks)
+        never = sum(answer is None for answer in given.values())
+        failed -= never if kind(task) == "likelihood" else 0
+        dropped[never_made] += never
+        dropped[unscored] += failed
+        turns.append({"turn": turn, **estimates, "unscored": failed, "never_made": never})
+        values.append(by_document)
+    direct, refined = values[0], values[-1]
+    gain = {
+        metric: asdict(statistics.paired(_clusters(refined[metric]), _clusters(direct[metric])))
+        for metric in direct
+        if len(turns) > 1 and metric in refined
+    }
+    metrics = {
+        "benchmark": "harness",
+        "task": task,
+        "protocol": protocol,
+        "kind": kind(task),
+        "turns": turns,
+        "gain": gain,
+    }
+    return Measured(metrics, dropped, {"direct": direct, **({"refined": refined} if len(turns) > 1 else {})})
+
+
+def _turns(questions: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was given to each question, turn by turn; None: nothing."""
+    rows = {row["id"]: row for row in made}
+    if any("likelihoods" in row for row in made):
+        return [{row["id"]: rows.get(row["id"], {}).get("likelihoods") for row in questions}]
+    turns = []
+    for turn in range(max((len(row["answers"]) for row in made), default=1)):
+        found: dict[str, str | None] = {}
+        for row in questions:
+            answers = rows.get(row["id"], {"answers": []})["answers"][: turn + 1]
+            found[row["id"]] = answers[-1]["text"] if answers and answers[-1]["end"] != "too long" else None
+        turns.append(found)
+    return turns
+
+
+def _clusters(values: Mapping[str, float]) -> dict[str, list[float]]:
+    return {name: [value] for name, value in values.items()}
+
+
+def _estimates(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, float]], int]:
+    """Estimates by metric, values by metric and document, and how many documents' scorers failed."""
+    found: dict[str, dict[str, Any]] = {}
+    combine: dict[str, Any] = {}
+    failed = set()
+    for part, rows in samples.items():
+        for sample in rows:
+            name = f"{part}/{sample['doc_id']}"
+            if sample.get(UNSCORED):
+                failed.add(name)
+            for metric in sample["metrics"]:
+                if metric != UNSCORED:
+                    title = NAMES.get((metric, sample["filter"])) or (
+                        metric if sample["filter"] == "none" else f"{metric}, {sample['filter']}"
+                    )
+                    found.setdefault(title, {})[name] = sample[metric]
+                    combine.setdefault(title, tasks[part].aggregation()[metric])
+    estimates, values = {}, {}
+    for title, raw in found.items():
+        numbers = _by_document(raw, combine[title])
+        if numbers is None:  # perplexity, F1 ...: of all documents together, and no mean of theirs
+            estimates[title] = asdict(
+                statistics.Estimate(float(combine[title](list(raw.values()))), None, None, len(raw))
+            )
+            continue
+        estimator = statistics.share if set(numbers.values()) <= {0.0, 1.0} else statistics.mean
+        estimates[title], values[title] = asdict(estimator(_clusters(numbers))), numbers
+    return estimates, values, len(failed)
+
+
+def _by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | None:
+    """Values by document whose mean is lm-eval's number; None: there are none.
+
+    A document may have several parts, each right or wrong, that are pooled (IFEval's instructions). With the share R of
+    all parts, s of the document's n right, and m parts in a document on average, its value is R + (s - R n) / m: the
+    linearised ratio, so that the interval over documents is the ratio's.
+    """
+    from lm_eval.api.metrics import mean
+
+    if combine is mean:
+        return {name: float(value) for name, value in raw.items()}
+    if not all(isinstance(value, list) and value for value in raw.values()):
+        return None
+    parts = sum(len(value) for value in raw.values())
+    share = sum(sum(value) for value in raw.values()) / parts
+    if not math.isclose(share, combine(list(raw.values())), abs_tol=1e-9):
+        return None
+    each = parts / len(raw)
+    return {name: share + (sum(value) - share * len(value)) / each for name, value in raw.items()}
+
+
+def results(
+    questions: Sequence[Mapping[str, Any]],
+    made: Sequence[Mapping[str, Any]],
+    task: str,
+    folder: Path,
+    name: str,
+    *,
+    turn: int = -1,
+    data: Data = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+) -> None:
+    """Writes a turn (its index) as lm-eval writes a run: FOLDER/NAME/results_*.json and samples_*.jsonl."""
+    from lm_eval.loggers import EvaluationTracker
+
+    from evals.replay import Replayer
+
+    model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, _turns(questions, made)[turn])
+    tracker = EvaluationTracker(output_path=str(folder))
+    found, _ = _run(task, model, data, shots, limit, chat, evaluation_tracker=tracker)
+    tracker.general_config_tracker.model_name_sanitized = name
+    samples = found.pop("samples")
+    tracker.save_results_aggregated(found, samples)
+    for part, rows in samples.items():
+        tracker.save_results_samples(part, rows)
+    if len(list((folder / name).glob("*.json*"))) < 1 + len(samples):  # it only warns
+        raise OSError(f"{folder / name}: lm-eval could not write its results there")
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Direct answers, refined answers, and the gain of one over the other; of likelihoods, direct ones alone."""
+    turns = metrics["turns"]
+    if len(turns) == 1:
+        return {"direct": turns[0]}
+    return {"direct": turns[0], "refined": turns[-1], "gain": metrics["gain"]}
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    found = headline(metrics)
+    lines = []
+    for metric, value in found["direct"].items():
+        if isinstance(value, dict):
+            line = f"{metric} direct {value['value']:.1%}"
+            if "refined" in found:
+                line += f", refined {found['refined'][metric]['value']:.1%}"
+            lines.append(line)
+    return f"{metrics['task']}: {'; '.join(lines)}"
