@@ -39,6 +39,7 @@ class Needs:
     asked: None for a benchmark that is asked of the data's held-out prompts.
     versus: for answers that a judge compares with references: the settings of the benchmark's `asks`.
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
+    until: strings before which an answer ends.
     """
 
     strategy: Strategy
@@ -49,6 +50,7 @@ class Needs:
     versus: Mapping[str, Any] | None = None
     files: Mapping[str, File] = field(default_factory=dict)
     max_new_tokens: int | None = None
+    until: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

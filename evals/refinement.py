@@ -16,7 +16,7 @@ from typing import Any
 
 from evals import statistics
 from evals.needs import Measured, Needs
-from evolve.config import Config, Strategy
+from evolve.config import Config, Stop, Strategy
 
 METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
 OBJECTIVE = ("refined",)
@@ -24,9 +24,14 @@ EXPLAIN = {"gain": "refined - direct, paired"}
 STOPS = {"unchanged": "the answer stays", "score_drop": "the score drops"}
 
 
+def chain(turns: int, stop: Stop | None = None) -> Strategy:
+    """One answer and its refinements, each of the one before."""
+    return Strategy(name="chain", answers=turns, branching=None, expand=None, stop=stop)
+
+
 def needs(config: Config) -> Needs:
     turns, stop = config.eval.turns, config.eval.stop
-    strategy = Strategy(name="chain", answers=turns, branching=None, expand=None, stop=stop)
+    strategy = chain(turns, stop)
     until = f" at most, until {STOPS[stop]}" if stop else ""
     settings = {"strategy": strategy} if stop else {}
     scorers = {"scores": config.eval_scorer}

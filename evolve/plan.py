@@ -251,6 +251,7 @@ class _Builder:
         seed: int,
         scorer: str,
         max_new_tokens: int | None = None,
+        until: tuple[str, ...] = (),
     ) -> Stage:
         """`scorer` is for a strategy that looks at scores on the way."""
         config, looks = self.config, strategy.expand == "best" or strategy.stop == "score_drop"
@@ -275,6 +276,7 @@ class _Builder:
             max_new_tokens=max_new_tokens or config.data.max_response_tokens,
             max_length=config.data.max_length,
             seed=seed,
+            until=until,
         )
 
     def evaluate(self, model: Artefact) -> None:
@@ -307,9 +309,8 @@ class _Builder:
     def answers(self, model: Artefact, prompts: Stage, needs: Needs) -> Stage:
         looks = needs.scorers.get("select", needs.scorers.get("scores", "none"))
         sampling = Sampling(temperature=needs.temperature, top_k=0, top_p=1.0)
-        return self.respond(
-            model, prompts, needs.strategy, sampling, self.config.eval.seed, looks, needs.max_new_tokens
-        )
+        seed, more = self.config.eval.seed, {"max_new_tokens": needs.max_new_tokens, "until": needs.until}
+        return self.respond(model, prompts, needs.strategy, sampling, seed, looks, **more)
 
     def questions(self, name: str, needs: Needs) -> Stage:
         assert needs.asked is not None

@@ -101,8 +101,8 @@ def shown(sweep: Sweep) -> list[tables.Shown]:
                 continue
             about = (
                 f"{'' if benchmark == 'refinement' else f'{benchmark}, '}differences of {title} after the last phase, "
-                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); seen from: the smallest "
-                "difference that four of five such tests would see"
+                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); seen from: the "
+                "smallest difference that four of five such tests would see"
             )
             if left_out := sum(row.unpaired for row in tested):
                 about += f"; {left_out} prompts left out that one side has no score for"

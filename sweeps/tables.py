@@ -182,7 +182,7 @@ def markdown(made: Shown) -> str:
 def write(sweep: Sweep, found: Iterable[Shown]) -> list[Path]:
     """table.md with the tables as shown; table.csv with a line for each member, phase, benchmark, turn and metric.
 
-    Each line leads to its record. test_time.csv has the like, by answers used, where that was measured. Returns the files.
+    Each line leads to its record. test_time.csv has the like, by answers used, where that was measured. Returns all.
     """
     files = [sweep.folder / "table.md", sweep.folder / "table.csv"]
     files[0].write_text("\n".join(map(markdown, found)))

@@ -139,7 +139,7 @@ class Harness(Questions):
 
     shots: Count | None
     chat: bool
-    data: dict[str, str]
+    data: dict[str, str | None]
     unsafe_code: bool
 
 
