@@ -70,7 +70,7 @@ def _comparisons(
         base, shown = measured[0], measured if every_phase else measured[-1:]
         for made in shown:
             kinds = list(made.headline)
-            refined = next((kind for kind in kinds if kind in evals.load(benchmark).OBJECTIVE), kinds[-1])
+            refined = next((kind for kind in evals.load(benchmark).OBJECTIVE if kind in kinds), kinds[-1])
             if refined != kinds[0]:
                 yield ("self-refinement", member.name, made.phase), (made, refined), (made, kinds[0])
             if made.id != base.id:
@@ -94,9 +94,9 @@ def shown(sweep: Sweep) -> list[tables.Shown]:
     """A table for each benchmark and judge, of its main metric, after the last phases."""
     found = []
     for benchmark in sweep.benchmarks:
-        metric, title = next(iter(evals.load(benchmark).METRICS.items()))
         for judge in sweep.judges(benchmark):
-            tested = rows(sweep, benchmark, judge, metric)
+            by_metric = {title: rows(sweep, benchmark, judge, m) for m, title in evals.load(benchmark).METRICS.items()}
+            title, tested = next(((title, found) for title, found in by_metric.items() if found), ("", []))
             if not tested:
                 continue
             about = (

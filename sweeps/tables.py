@@ -14,16 +14,20 @@ import evals
 from evals import test_time
 from sweeps.collect import Measurement, Sweep
 
+LOPSIDED = 0.2  # of an interval's width: from where on its ends are at unlike distances
 WIDE = 6  # columns of numbers that fit beside one another
 
 
 def number(estimate: Mapping[str, Any] | None) -> str:
-    """'0.512 ±0.021': a value and half the width of its 95 % interval."""
+    """'0.512 ±0.021': a value and half the width of its 95 % interval; both ends of one that is lopsided."""
     if estimate is None:
         return "-"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3f}"
-    return f"{estimate['value']:.3f} ±{(estimate['high'] - estimate['low']) / 2:.3f}"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None:
+        return f"{value:.3f}"
+    if abs((high - value) - (value - low)) > LOPSIDED * (high - low):
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:.3f} ±{(high - low) / 2:.3f}"
 
 
 def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any] | None]:

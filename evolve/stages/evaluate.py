@@ -47,6 +47,6 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     for name, rows in benchmark.records(**given).items() if hasattr(benchmark, "records") else ():
         (out / name).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     found = benchmark.headline(measured.metrics)
-    metric = next(iter(benchmark.METRICS))
+    metric = next((name for name in benchmark.METRICS if any(worth.get(name) for worth in found.values())), None)
     values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
     return Report(dropped=measured.dropped, values=values)
