@@ -9,6 +9,7 @@ stay inside `run`, so that planning needs none.
     activate     model, pairs -> model                   (SFT)            a model's folder, steps.jsonl
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
+    compare      answers, questions -> verdicts          (a judge)        verdicts.jsonl, replies.jsonl
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
     train        model, pairs, references -> model       (PT)             a model's folder, steps.jsonl
@@ -28,7 +29,19 @@ from typing import Any, Protocol
 from evolve.config import Optimiser, Section, Template
 from evolve.store import Report, Source, Stage
 
-KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "reinforce", "evaluate")
+KINDS = (
+    "data",
+    "reward_model",
+    "activate",
+    "respond",
+    "score",
+    "compare",
+    "pair",
+    "reference",
+    "train",
+    "reinforce",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,14 @@ class Context:
     """Where a stage runs: nothing here may change its result.
 
     progress(done, total) is shown to whoever waits. partial: a folder, made by who uses it, for what the stage can go
-    on from after it was killed.
+    on from after it was killed. shared: the same for what the stages of all sweeps share, beside the store; None where
+    there is no store.
     """
 
     device: str
     progress: Callable[[int, int], None]
     partial: Path
+    shared: Path | None = None
 
 
 class Module(Protocol):
