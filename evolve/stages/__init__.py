@@ -55,12 +55,14 @@ class Context:
     """Where a stage runs: nothing here may change its result.
 
     progress(done, total) is shown to whoever waits. partial: a folder, made by who uses it, for what the stage can go
-    on from after it was killed.
+    on from after it was killed. shared: the same for what the stages of all sweeps share, beside the store; None where
+    there is no store.
     """
 
     device: str
     progress: Callable[[int, int], None]
     partial: Path
+    shared: Path | None = None
 
 
 class Module(Protocol):
