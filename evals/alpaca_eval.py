@@ -1,0 +1,294 @@
+"""AlpacaEval 2: how often a judge prefers the model's answers to GPT-4's, raw and with length controlled for.
+
+https://github.com/tatsu-lab/alpaca_eval. 805 instructions, each answered by gpt4_1106_preview too (the reference). A
+judge sees both answers, called m and M in an order drawn from the instruction; its probabilities of the tokens m and M
+are the preference: from 1, the reference wins, to 2, the answer does; 1.5, unasked, where both are the same text.
+Win rate = 100 mean(preference - 1). Prompts, settings, parser, order and length control are the package's.
+
+    "What are the names of some famous actors that started their careers on Broadway?"
+    m: the reference, M: the model's; the judge says m with probability 0.75: preference 1.25, a win rate of 25
+
+    python -m evals.alpaca_eval --annotations FILE ... --gamed df_gamed.csv --questions REFERENCE.json
+
+scores annotations again (alpaca_annotations.py).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+from evals import length_control, statistics, tables
+from evals.games import Ask, Reply
+from evals.length_control import Control, Controlled, Game, Unfitted
+from evals.needs import Measured
+from evals.statistics import Estimate
+from evolve import templates
+from evolve.data import row_id
+
+METRICS = {"win_rate": "win rate (%)", "lc_win_rate": "length-controlled win rate (%)"}
+OBJECTIVE = ("refined",)
+EXPLAIN = {
+    "win_rate": "mean preference of the answer over the reference, 50 where they are alike",
+    "lc_win_rate": "what it would be at equal lengths, by AlpacaEval's GLM; the interval counts the fit",
+    "gain": "refined - direct, paired",
+}
+EVALUATOR = "weighted_alpaca_eval_gpt4_turbo"
+TOKENS = ["m", "M"]  # of the output shown first, and second
+PARSER = {"numerator_token": "m", "denominator_tokens": TOKENS, "is_binarize": False}
+# Without log-probabilities: 16 tokens have room for a space or a quote before the name, which is a word of its own
+# (the m of "I'm" is none). Keys are regex_parser's verdicts.
+DISCRETE = {"max_tokens": 16, "temperature": 0}
+NAMED = {verdict: rf"(?<![\w'’]){token}(?!\w)" for verdict, token in enumerate(TOKENS, 1)}
+
+
+def questions(path: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file of reference outputs (instruction, output, dataset, generator).
+
+    A row is {"id", "prompt", "reference", "dataset", "generator", "index": position in the full set, "of": its size}.
+    `limit` takes as many, those which the package draws for max_instances, in the file's order.
+
+    Raises OSError, or ValueError naming the file and row.
+    """
+    import pandas as pd
+
+    found: list[dict[str, Any]] = []
+    table = tables.rows(path)
+    for count, row in enumerate(table, 1):
+        where = f"{path}, row {count}"
+        prompt, reference = (tables.text(row, key, where) for key in ("instruction", "output"))
+        names = {key: tables.text(row, key, where) for key in ("dataset", "generator")}
+        found.append({"id": row_id(prompt), "prompt": prompt, "reference": reference, **names, "of": len(table)})
+    ids = [row["id"] for row in found]
+    tables.unique(ids, "instruction", path)
+    for row, position in zip(found, length_control.positions(ids), strict=True):
+        row["index"] = position
+    drawn = pd.Series(range(len(found))).sample(frac=1, random_state=123)[:limit]
+    return [found[place] for place in sorted(drawn)]
+
+
+@cache
+def _evaluator(name: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """An evaluator's messages with {instruction}, {output_1}, {output_2}; and its request's fields, less the model."""
+    from alpaca_eval import constants, utils
+
+    folder = constants.EVALUATORS_CONFIG_DIR
+    config = utils.load_configs(name, relative_to=folder)[name] if (folder / name / "configs.yaml").is_file() else {}
+    if config.get("completion_parser_kwargs") != PARSER or config.get("fn_completion_parser") != "logprob_parser":
+        raise ValueError(f"{name!r} is no evaluator of alpaca_eval that weighs the tokens m and M; {EVALUATOR} is one")
+    # Taken apart before the answers are in it: one that says <|im_end|> would cut the prompt.
+    messages = utils.prompt_to_chatml((folder / config["prompt_template"]).read_text())
+    asked = ("max_tokens", "temperature", "logprobs", "top_logprobs")
+    return messages, {key: config["completions_kwargs"][key] for key in asked}
+
+
+def shown_first(prompt: str) -> bool:
+    """Whether the model's answer is shown first: the package's draw, by the instruction alone."""
+    from alpaca_eval import utils
+
+    return bool(utils.random_seeded_choice(seed=f"is_switched_outputs{prompt}0", choices=[False, True]))
+
+
+def asks(prompt: str, answer: str, reference: str, *, evaluator: str = EVALUATOR, logprobs: bool = True) -> list[Ask]:
+    """One question; none where both texts are the same, which is a tie.
+
+    With logprobs=False the judge's words count: the first of m and M in them, at temperature 0, makes the preference 1
+    or 2. That is another protocol, and a number has to say so (`protocol`).
+
+    Raises ValueError if alpaca_eval has no such evaluator.
+    """
+    if answer == reference:
+        return []
+    first = shown_first(prompt)
+    shown = (answer, reference) if first else (reference, answer)
+    texts = {"instruction": prompt, "output_1": shown[0], "output_2": shown[1]}
+    messages, fields = _evaluator(evaluator)
+    filled = [{**one, "content": templates.fill(one["content"], **texts)} for one in messages]
+    return [Ask(filled, fields if logprobs else DISCRETE, first)]
+
+
+def protocol(evaluator: str = EVALUATOR, logprobs: bool = True) -> str:
+    """What a number has to be quoted with, beside the judge's name."""
+    how = "log-probabilities of m and M" if logprobs else "the first of m and M in the judge's words, unweighted"
+    return f"AlpacaEval 2, prompt of {evaluator}, {how}"
+
+
+def read(ask: Ask, reply: Reply) -> float | None:
+    """The preference, from 1 (the reference wins) to 2 (the answer does); None if neither m nor M can be read."""
+    from alpaca_eval.completion_parsers import logprob_parser, regex_parser
+
+    found: list[float] = []
+    if not ask.fields.get("logprobs"):
+        found = regex_parser(reply.text, dict(NAMED))[:1] if reply.text else []
+    elif reply.logprobs and len(reply.logprobs) == 1:  # one token: one verdict
+        try:
+            named = [one for one in reply.logprobs[0]["top_logprobs"] if one["token"] in TOKENS]
+            found = logprob_parser({"logprobs": {"content": [{"top_logprobs": named}]}}, **PARSER) if named else []
+        except (KeyError, TypeError, ValueError):  # not in the form of the protocol
+            return None
+    if not found or not 1 <= found[0] <= 2:  # nan, where both are impossible
+        return None
+    return float(3 - found[0] if ask.answer_first else found[0])
+
+
+def stand_in(sign: int) -> list[float]:
+    return [1.5 + sign / 2]
+
+
+def measure(
+    questions: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    protocol: str,
+    *,
+    difficulty: str | None = None,
+    gamed: str | None = None,
+    length_controlled: bool = True,
+) -> Measured:
+    """Metrics by judged turn. A length-controlled win rate that can't be had is None, and its turn says why.
+
+    Args:
+        questions: rows of `questions`.
+        answers: rows of answers.jsonl.
+        verdicts: {"id", "verdicts": {"1": [preference or None], ...}} for each question; [] where nothing was asked.
+        protocol: judge, `protocol`, strategy ...: what a number must be quoted with.
+        difficulty, gamed: files as in length_control.load.
+
+    Raises ValueError if no answer of a turn has a preference.
+    """
+    control: Control | Unfitted = Unfitted("not asked for")
+    if length_controlled:
+        try:  # Judges are paid by now, so what is wrong with a file is a reason, not an error.
+            control = length_control.load(gamed, difficulty)
+            control.cover(questions[0]["of"])
+        except (OSError, ValueError) as error:
+            control = Unfitted(str(error))
+    metrics, fits, points = [], [], []
+    dropped = {"answers never made": 0, "verdicts that can't be read": 0}
+    for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
+        turn_games, unmade = games(questions, answers, verdicts, turn)
+        found, fit = score(turn_games, control)
+        metrics.append({"turn": turn, **found})
+        fits.append(fit)
+        points.append({game.id: _points(game) for game in turn_games if game.preference is not None})
+        dropped["answers never made"] += unmade
+        dropped["verdicts that can't be read"] += found["unscored"] - unmade
+    if not metrics:
+        raise ValueError("no turn of any answer was judged")
+    won = {key: value - points[0][key] for key, value in points[-1].items() if key in points[0]}
+    first, last = fits[0], fits[-1]
+    gain = {
+        "win_rate": asdict(statistics.mean({key: [value] for key, value in won.items()})) if won else None,
+        "lc_win_rate": asdict(length_control.gain(last, first))
+        if isinstance(first, Controlled) and isinstance(last, Controlled)
+        else None,
+    }
+    # The fit's values by prompt are not among the items: paired, they would leave out that the fit might be another.
+    items = {"direct": {"win_rate": points[0]}, "refined": {"win_rate": points[-1]}, "gain": {"win_rate": won}}
+    return Measured({"benchmark": "alpaca_eval", "protocol": protocol, "turns": metrics, "gain": gain}, dropped, items)
+
+
+def games(
+    questions: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    turn: int,
+) -> tuple[list[Game], int]:
+    """A turn's games, one for each question in order, and how many of them have no answer."""
+    made = {row["id"]: row["answers"][turn - 1] for row in answers if len(row["answers"]) >= turn}
+    said = {row["id"]: row["verdicts"].get(str(turn)) for row in verdicts}
+    found, unmade = [], 0
+    for row in questions:
+        answer = made.get(row["id"])
+        preference = (said.get(row["id"]) or [None])[0]
+        if answer is None or answer["end"] == "too long":
+            answer, preference, unmade = {"text": ""}, None, unmade + 1
+        elif answer["text"] == row["reference"]:
+            preference = 1.5
+        lengths = len(answer["text"]), len(row["reference"])
+        found.append(Game(row["id"], preference, *lengths, row["index"], shown_first(row["prompt"])))
+    return found, unmade
+
+
+def score(
+    games: Sequence[Game], control: Control | Unfitted, c: float | None = None
+) -> tuple[dict[str, Any], Controlled | Unfitted]:
+    """The metrics of one model's games, and the fit or why there is none.
+
+    Raises ValueError if no game has a preference.
+    """
+    scored = [game for game in games if game.preference is not None]
+    if not scored:
+        raise ValueError(f"none of {len(games)} answers has a preference, so there is no win rate")
+    fitted = control if isinstance(control, Unfitted) else _fitted(scored, control, c)
+    first, second = ([_points(game) for game in scored if game.first is shown] for shown in (True, False))
+    metrics = {
+        "win_rate": asdict(statistics.mean({game.id: [_points(game)] for game in scored})),
+        "lc_win_rate": asdict(fitted.estimate) if isinstance(fitted, Controlled) else None,
+        "unscored": len(games) - len(scored),
+        "characters": fmean(game.length for game in scored),
+        "reference_characters": fmean(game.reference_length for game in scored),
+        "shown_first": len(first) / (len(first) + len(second)) if first or second else None,
+        "position_bias": _difference(first, second),
+    }
+    return metrics | ({"no_lc_win_rate": str(fitted)} if isinstance(fitted, Unfitted) else {}), fitted
+
+
+def _fitted(games: Sequence[Game], control: Control, c: float | None) -> Controlled | Unfitted:
+    try:
+        return length_control.fit(games, control, c)
+    except Unfitted as reason:
+        return reason
+
+
+def _points(game: Game) -> float:
+    assert game.preference is not None
+    return 100 * (game.preference - 1)
+
+
+def _difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any] | None:
+    """The win rate where the answer is shown first less that where it is second, with Welch's interval."""
+    from scipy import stats
+
+    if min(len(first), len(second)) < 2:
+        return None
+    value, size = fmean(first) - fmean(second), len(first) + len(second)
+    if len(set(first)) == len(set(second)) == 1:
+        return asdict(Estimate(value, value, value, size))
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return asdict(Estimate(value, float(low), float(high), size))
+
+
+def win_rate(preferences: Sequence[float]) -> dict[str, Any]:
+    """The package's own: win_rate, standard_error, n_wins, n_wins_base, n_draws, n_total, discrete_win_rate."""
+    from alpaca_eval.metrics import get_winrate
+
+    found = {key: float(value) for key, value in get_winrate([{"preference": one} for one in preferences]).items()}
+    counts = ("n_wins", "n_wins_base", "n_draws", "n_total")
+    return {key: None if math.isnan(value) else int(value) if key in counts else value for key, value in found.items()}
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Direct answers, refined answers, and the gain of one over the other."""
+    return {"direct": metrics["turns"][0], "refined": metrics["turns"][-1], "gain": metrics["gain"]}
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    found = headline(metrics)
+    lines = [
+        f"{name} " + ", ".join(f"{kind} {of[metric]['value']:.1f}" for kind, of in found.items() if of[metric])
+        for metric, name in (("win_rate", "win rate"), ("lc_win_rate", "length-controlled"))
+        if any(of[metric] for of in found.values())
+    ]
+    return "; ".join(lines)
+
+
+if __name__ == "__main__":
+    from evals.alpaca_annotations import main
+
+    sys.exit(main())
