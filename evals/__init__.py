@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from evals import refinement, task, test_time
+from evals import alpaca_eval, refinement, task, test_time
 
-BENCHMARKS: dict[str, Any] = {"refinement": refinement, "test_time": test_time}
+BENCHMARKS: dict[str, Any] = {"refinement": refinement, "test_time": test_time, "alpaca_eval": alpaca_eval}
 
 
 def load(name: str) -> Any:

@@ -23,12 +23,13 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from evals import length_control, statistics, tables
+from evals import length_control, refinement, statistics, tables
 from evals.games import Ask, Reply
 from evals.length_control import Control, Controlled, Game, Unfitted
-from evals.needs import Measured
+from evals.needs import Asked, File, Measured, Needs
 from evals.statistics import Estimate
 from evolve import templates
+from evolve.config import Config, Endpoint
 from evolve.data import row_id
 
 METRICS = {"win_rate": "win rate (%)", "lc_win_rate": "length-controlled win rate (%)"}
@@ -45,6 +46,24 @@ PARSER = {"numerator_token": "m", "denominator_tokens": TOKENS, "is_binarize": F
 # (the m of "I'm" is none). Keys are regex_parser's verdicts.
 DISCRETE = {"max_tokens": 16, "temperature": 0}
 NAMED = {verdict: rf"(?<![\w'’]){token}(?!\w)" for verdict, token in enumerate(TOKENS, 1)}
+
+
+def needs(config: Config) -> Needs:
+    own, judge, turns = config.eval.alpaca_eval, config.annotator, config.eval.turns
+    weighted = isinstance(judge, Endpoint) and judge.logprobs
+    said = protocol(own.evaluator, weighted) if isinstance(judge, Endpoint) else "AlpacaEval 2"
+    fit = {"difficulty": own.difficulty, "gamed": own.gamed} if own.length_control else {}
+    here = "eval.alpaca_eval"
+    return Needs(
+        refinement.chain(turns),
+        f"{said}, chain of {turns} turns",
+        own.temperature,
+        asked=Asked({"path": File(f"{here}.path", own.path, own.revision)}, limit=own.limit),
+        versus={"evaluator": own.evaluator, "logprobs": weighted},
+        files={use: File(f"{here}.{use}", path, own.revision) for use, path in fit.items() if path},
+        max_new_tokens=own.max_new_tokens,
+        settings={"settings": {"length_controlled": own.length_control}},
+    )
 
 
 def questions(path: str, limit: int | None = None) -> list[dict[str, Any]]:

@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
-import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
-from urllib.parse import urlsplit
-
-from pydantic import model_validator
+from typing import Any
 
 from evals.games import Ask, Reply
 from evals.paid import Cache, Ledger, OverCap, Paid, Stopped
-from evolve.config import HERE, RUNTIME, Count, Positive, Rate, Section, Weight
+from evolve.config import Endpoint, Price
 from evolve.store import digest
 
 # How many tries in a row end a pass (or as many as are under way): the server is down, so the rest needn't find out.
@@ -32,69 +27,6 @@ DOWN = 8
 ALL_REFUSED = 5  # so many refused and none answered: the server won't have such requests, whatever they ask
 # What a request that was never sent ends with, by name: httpx's, of whichever release the client uses.
 NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-
-
-def check_server(here: str, url: str | None, serve: str | None, key: str) -> None:
-    """Raises ValueError unless exactly one of url and serve says where the server is, and key names a variable."""
-    if (url is None) == (serve is None):
-        raise ValueError(
-            f"{here}.url, {here}.serve: {'neither' if url is None else 'each'} is set; set one: the url of a "
-            "server that runs, or a command that starts one, with {model} and {port} in it"
-        )
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{here}.url={url}: no such address; one is http://localhost:8000/v1")
-        if parts.username is not None or parts.query:  # they would stand in logs and records
-            raise ValueError(f"{here}.url: holds more than an address; a key is in the variable {here}.key names")
-    if serve is not None:
-        try:
-            words = shlex.split(serve)
-        except ValueError as error:
-            raise ValueError(f"{here}.serve={serve}: {str(error).lower()}") from None
-        for field in ("{model}", "{port}"):
-            if not any(field in word for word in words):
-                raise ValueError(f"{here}.serve={serve}: doesn't say where {field} goes")
-    if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):  # its value isn't shown: it may be a key
-        raise ValueError(f"{here}.key: not the name of an environment variable; the key itself is that one's value")
-
-
-class Price(Section):
-    """Dollars for a million tokens."""
-
-    input: Weight
-    output: Weight
-
-
-class Endpoint(Section):
-    """A judge: where it is, which model it is, and what it may cost.
-
-    logprobs: whether the server says how probable its tokens were, which weighted verdicts are read from.
-    attempts: how often a verdict is asked for, each time with another seed, until one can be read.
-    max_dollars: the most that this model may cost, over all that was ever asked under one cache folder.
-    """
-
-    name: Annotated[str, RUNTIME]
-    url: Annotated[str | None, RUNTIME]
-    serve: str | None
-    model: str
-    key: Annotated[str, RUNTIME]
-    logprobs: bool
-    attempts: Positive = 2
-    concurrency: Annotated[Positive, RUNTIME]
-    timeout: Annotated[Rate, RUNTIME]
-    retries: Annotated[Count, RUNTIME]
-    price: Annotated[Price | None, RUNTIME] = None
-    max_dollars: Annotated[Rate | None, RUNTIME] = None
-
-    @model_validator(mode="after")
-    def _has_a_server(self) -> Endpoint:
-        check_server(HERE, self.url, self.serve, self.key)
-        if self.max_dollars is not None and self.price is None:
-            raise ValueError(
-                f"{HERE}.max_dollars={self.max_dollars:g}: needs {HERE}.price, the dollars for a million tokens"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -178,7 +110,7 @@ class Judge:
         section: where the endpoint stands in the configuration, for errors.
     """
 
-    def __init__(self, endpoint: Endpoint, cache: Path, folder: Path | None = None, section: str = "endpoint"):
+    def __init__(self, endpoint: Endpoint, cache: Path, folder: Path | None = None, section: str = "annotator"):
         self.endpoint, self.folder, self.section = endpoint, folder, section
         self.model = _identity(endpoint, cache, folder)
         self.cache = Cache(cache)

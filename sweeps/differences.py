@@ -101,7 +101,7 @@ def shown(sweep: Sweep) -> list[tables.Shown]:
                 continue
             about = (
                 f"{'' if benchmark == 'refinement' else f'{benchmark}, '}differences of {title} after the last phase, "
-                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); seen from: the "
+                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); detectable: the "
                 "smallest difference that four of five such tests would see"
             )
             if left_out := sum(row.unpaired for row in tested):
@@ -110,7 +110,7 @@ def shown(sweep: Sweep) -> list[tables.Shown]:
                 [row.question, row.member, tables.number(asdict(row.difference)), _p(row.difference), _seen(row)]
                 for row in tested
             ]
-            found.append(tables.Shown(about, [["question", "member", "difference", "p", "seen from"], *cells]))
+            found.append(tables.Shown(about, [["question", "member", "difference", "p", "detectable"], *cells]))
     return found
 
 

@@ -14,7 +14,7 @@ import evals
 from evals import test_time
 from sweeps.collect import Measurement, Sweep
 
-LOPSIDED = 0.2  # of an interval's width: from where on its ends are at unlike distances
+LOPSIDED = 0.5  # of an interval's width: from where on its ends are at unlike distances
 WIDE = 6  # columns of numbers that fit beside one another
 
 

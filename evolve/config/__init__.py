@@ -29,6 +29,7 @@ from evolve.config.evaluation import (
     Judge,
     JudgePrompt,
     NoJudge,
+    Price,
     StandIn,
 )
 from evolve.config.method import (
@@ -78,6 +79,7 @@ __all__ = [
     "Optimiser",
     "PolicyGradient",
     "PreferenceWeights",
+    "Price",
     "Resources",
     "RewardModel",
     "SFTWeights",
@@ -126,7 +128,9 @@ def _explain(error: ValidationError) -> str:
     parts = [str(part) for part in first["loc"] if part != "function-before"]
     # Behind a section that is one of several stands which.
     key = ".".join(
-        part for place, part in enumerate(parts) if place == 0 or parts[place - 1] not in ("engine", "judge")
+        part
+        for place, part in enumerate(parts)
+        if place == 0 or parts[place - 1] not in ("engine", "judge", "annotator")
     )
     if first["type"] == "extra_forbidden":
         return unknown_key(key)

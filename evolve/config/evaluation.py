@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from evolve.config.engines import Engine, check_server
 from evolve.config.method import Stop, Strategy
-from evolve.config.section import RUNTIME, Count, Positive, Rate, Section, Seed, Weight, check_fields, text_of
+from evolve.config.section import HERE, RUNTIME, Count, Positive, Rate, Section, Seed, Weight, check_fields, text_of
 
 
 class NoJudge(Section):
@@ -71,33 +71,35 @@ class Price(Section):
 
 
 class Endpoint(Section):
-    """A judge of benchmarks behind an endpoint that speaks OpenAI's protocol: one that runs, or that is started."""
+    """A judge of benchmarks: where it is, which model it is, and what it may cost.
 
-    kind: Literal["server"]
+    logprobs: whether the server says how probable its tokens were, which weighted verdicts are read from.
+    attempts: how often a verdict is asked for, each time with another seed, until one can be read.
+    max_dollars: the most that this model may cost, over all that was ever asked under one `output`.
+    """
+
+    kind: Literal["server"] = "server"
     name: Annotated[str, RUNTIME]
     model: str
     url: Annotated[str | None, RUNTIME]
     serve: str | None
-    path: Annotated[str | None, RUNTIME]  # the model that is served is an input
-    revision: Annotated[str | None, RUNTIME]
+    path: Annotated[str | None, RUNTIME] = None  # of the model that is served, which is an input
+    revision: Annotated[str | None, RUNTIME] = None
     key: Annotated[str, RUNTIME]
     logprobs: bool
-    attempts: Positive
+    attempts: Positive = 2
     concurrency: Annotated[Positive, RUNTIME]
     timeout: Annotated[Rate, RUNTIME]
     retries: Annotated[Count, RUNTIME]
-    price: Annotated[Price | None, RUNTIME]
-    max_dollars: Annotated[Rate | None, RUNTIME]
+    price: Annotated[Price | None, RUNTIME] = None
+    max_dollars: Annotated[Rate | None, RUNTIME] = None
 
     @model_validator(mode="after")
-    def _agrees(self) -> Endpoint:
-        check_server("annotator", self.url, self.serve, self.key)
-        if (self.serve is None) != (self.path is None):
-            raise ValueError("annotator.serve, annotator.path: a server that is started needs both, one that runs none")
+    def _has_a_server(self) -> Endpoint:
+        check_server(HERE, self.url, self.serve, self.key)
         if self.max_dollars is not None and self.price is None:
             raise ValueError(
-                f"annotator.max_dollars={self.max_dollars:g}: what is spent follows from annotator.price.input and "
-                "annotator.price.output, dollars for a million tokens; set them"
+                f"{HERE}.max_dollars={self.max_dollars:g}: needs {HERE}.price, the dollars for a million tokens"
             )
         return self
 

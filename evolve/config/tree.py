@@ -146,6 +146,12 @@ class Config(Section):
             )
         if self.data.path == "embedded" and (self.data.gold is not None or self.data.prompt != "prompt"):
             refuse("data.gold, data.prompt: data.path=embedded has no columns; leave them as they are")
+        if isinstance(self.annotator, Endpoint) and (self.annotator.serve is None) != (self.annotator.path is None):
+            refuse(
+                "annotator.serve, annotator.path: one is set; a server that is started here serves the model in path"
+            )
+        if isinstance(self.annotator, StandIn) and self.annotator.scorer == "verifier" and not self.data.verifier:
+            refuse(f"annotator.scorer=verifier: data.name={self.data.name} has no verifier; take reward_model")
         if len(set(self.eval.benchmarks)) < len(self.eval.benchmarks):
             refuse(f"eval.benchmarks={list(self.eval.benchmarks)}: names one twice")
         if "test_time" in self.eval.benchmarks and self.eval.test_time is None:

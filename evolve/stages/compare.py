@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import model_validator
 
-from evals.judges import Endpoint, Judge, Verdict
+from evals.judges import Judge, Verdict
 from evolve import parts
-from evolve.config import Section
+from evolve.config import Endpoint, Section
 from evolve.scorers import TOKENS
 from evolve.stages import Context, read_rows, score, write_rows
 from evolve.store import Report

@@ -24,7 +24,9 @@ def embedded(count: int) -> list[dict[str, Any]]:
     """The embedded world's: held-out prompts, each with an answer of its noisy teacher."""
     from evolve import data, world
 
-    return [{"id": data.row_id(row["prompt"]), **row} for row in world.references(count, seed=0)]
+    about = {"dataset": "embedded", "generator": "noisy teacher", "of": count}
+    rows = world.references(count, seed=0)
+    return [{"id": data.row_id(row["prompt"]), **row, **about, "index": index} for index, row in enumerate(rows)]
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
