@@ -30,7 +30,7 @@ def is_file(path: str) -> bool:
     return path.endswith(FILES)
 
 
-def _text(value: Any, where: str) -> str:
+def as_text(value: Any, where: str) -> str:
     """A text, or the last message of a list of messages (a prompt's only one: earlier turns would be lost)."""
     if isinstance(value, list) and len(value) > 1 and where.endswith("prompt"):
         raise DataError(f"{where}: a conversation of {len(value)} messages; only prompts of one message are used")
@@ -49,7 +49,7 @@ def _gold(value: Any, where: str) -> str:
     """A reference answer: what stands behind the last ####, if there is one (GSM8K's form), or else all of it."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    gold = _text(value, where).rpartition("####")[2].strip()
+    gold = as_text(value, where).rpartition("####")[2].strip()
     if not gold:
         raise DataError(f"{where}: an empty reference answer")
     return gold
@@ -77,8 +77,8 @@ def read(path: str, split: str, prompt: str = "prompt", gold: str | None = None)
         if missing:
             has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{where}: no '{missing[0]}'; it has {has}")
-        found = {"prompt": _text(row[prompt], f"{where}, {prompt}")}
-        found |= {key: _text(row[key], f"{where}, {key}") for key in pair}
+        found = {"prompt": as_text(row[prompt], f"{where}, {prompt}")}
+        found |= {key: as_text(row[key], f"{where}, {key}") for key in pair}
         rows.append(found if gold is None else {**found, "gold": _gold(row[gold], f"{where}, {gold}")})
     return rows
 
