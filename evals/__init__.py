@@ -9,17 +9,22 @@ A benchmark's file has
     EXPLAIN, OBJECTIVE                              what the names mean; which of them a search maximises
 one with prompts of its own
     questions(files ..., limit, ...) -> rows        {"id", "prompt", "reference"?, ...}
-and one that a judge decides asks, read, stand_in (games.py). records(...), where there is one, gives files that others'
-tools can score again.
+and one that a judge decides asks, read, stand_in (games.py). records(out, ...), where there is one, writes files that
+others' tools can score again.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from evals import alpaca_eval, refinement, task, test_time
+from evals import alpaca_eval, arena_hard, refinement, task, test_time
 
-BENCHMARKS: dict[str, Any] = {"refinement": refinement, "test_time": test_time, "alpaca_eval": alpaca_eval}
+BENCHMARKS: dict[str, Any] = {
+    "refinement": refinement,
+    "test_time": test_time,
+    "alpaca_eval": alpaca_eval,
+    "arena_hard": arena_hard,
+}
 
 
 def load(name: str) -> Any:

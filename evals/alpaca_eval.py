@@ -15,16 +15,18 @@ scores annotations again (alpaca_annotations.py).
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from evals import length_control, refinement, statistics, tables
-from evals.games import Ask, Reply
+from evals.games import Ask, Replies, Reply
 from evals.length_control import Control, Controlled, Game, Unfitted
 from evals.needs import Asked, File, Measured, Needs
 from evals.statistics import Estimate
@@ -290,6 +292,29 @@ def win_rate(preferences: Sequence[float]) -> dict[str, Any]:
     found = {key: float(value) for key, value in get_winrate([{"preference": one} for one in preferences]).items()}
     counts = ("n_wins", "n_wins_base", "n_draws", "n_total")
     return {key: None if math.isnan(value) else int(value) if key in counts else value for key, value in found.items()}
+
+
+def records(
+    out: Path,
+    questions: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    *,
+    replies: Replies,
+    judge: str,
+    **_: Any,
+) -> None:
+    """Writes annotations_turn_N.json of each judged turn, in the package's form."""
+    from evals import alpaca_annotations
+
+    for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
+        said = {key: games[str(turn)][0] for key, games in replies.items() if games.get(str(turn))}
+        known = {key: reply for key, reply in said.items() if reply is not None}
+        rows = alpaca_annotations.of(
+            questions, answers, verdicts, turn=turn, generator=f"turn {turn}", annotator=judge, replies=known
+        )
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        (out / f"annotations_turn_{turn}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

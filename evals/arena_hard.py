@@ -33,12 +33,13 @@ from typing import Any
 
 import yaml
 
-from evals import statistics
+from evals import refinement, statistics
 from evals.arena_files import Parts, battles, load
 from evals.arena_files import questions as questions  # of the benchmark's face
-from evals.games import Ask, Reply
-from evals.needs import Measured
+from evals.games import Ask, Replies, Reply
+from evals.needs import Asked, File, Measured, Needs
 from evals.statistics import Estimate
+from evolve.config import Config, ConfigError, Endpoint, find
 
 METRICS = {"score": "Arena-Hard score"}
 OBJECTIVE = ("refined",)
@@ -52,6 +53,31 @@ OWN = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 PLACES = {"prompt": "prompt", "first": "first", "second": "second"}
 PLACES |= {"question_1": "prompt", "answer_1": "first", "answer_2": "second"}  # upstream's config of v0.1
 PLACES |= {"QUESTION": "prompt", "ANSWER_A": "first", "ANSWER_B": "second"}  # and of v2.0
+
+
+def needs(config: Config) -> Needs:
+    own, turns, here = config.eval.arena_hard, config.eval.turns, "eval.arena_hard"
+    template = None
+    if own.prompt_file is not None:
+        file = find(own.prompt_file)
+        if file is None or not file.is_file():
+            raise ConfigError(f"{here}.prompt_file={own.prompt_file}: no such file")
+        template = file.read_text(encoding="utf-8")
+    judged = f", prompt {prompt_hash(template)}" if isinstance(config.annotator, Endpoint) else ""
+    files = {
+        "path": File(f"{here}.path", own.path, own.revision),
+        "baseline_path": File(f"{here}.baseline", own.baseline, own.revision),
+    }
+    return Needs(
+        refinement.chain(turns),
+        f"Arena-Hard {own.version}{judged}, chain of {turns} turns",
+        own.temperature,
+        asked=Asked(files, limit=own.limit),
+        versus={"template": template},
+        reading={"version": own.version},
+        max_new_tokens=own.max_new_tokens,
+        settings={"settings": {"version": own.version}},
+    )
 
 
 @lru_cache
@@ -291,6 +317,30 @@ def judgments(
                 for ask, text, label in played
             ]
         yield {**head, "games": games}
+
+
+def records(
+    out: Path,
+    questions: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    *,
+    replies: Replies,
+    judge: str,
+    version: str = "v0.1",
+) -> None:
+    """Writes judgments_turn_N.jsonl of each judged turn, in upstream's form. Games of a stand-in have no text."""
+    texts = {
+        prompt: {turn: [reply.text if reply else "" for reply in games] for turn, games in turns.items()}
+        for prompt, turns in replies.items()
+    }
+    said = [{**row, "replies": texts.get(row["id"], {})} for row in verdicts]
+    for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
+        rows = judgments(
+            questions, answers, said, turn=turn, model=f"turn {turn}", judge=judge, baseline="baseline", version=version
+        )
+        with (out / f"judgments_turn_{turn}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main(words: Sequence[str] | None = None) -> int:

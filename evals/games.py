@@ -31,3 +31,6 @@ class Reply:
     text: str
     end: str
     logprobs: list[dict[str, Any]] | None = None
+
+
+Replies = dict[str, dict[str, list[Reply | None]]]  # by prompt's id and turn, in the order of `asks`

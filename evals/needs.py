@@ -37,7 +37,8 @@ class Needs:
 
     scorers: by the argument's name of `measure`, for benchmarks whose answers are scored one by one.
     asked: None for a benchmark that is asked of the data's held-out prompts.
-    versus: for answers that a judge compares with references: the settings of the benchmark's `asks`.
+    versus: for answers that a judge compares with references: the settings of the benchmark's `asks`; and reading: of
+    its `read`.
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
     until: strings before which an answer ends.
     """
@@ -48,6 +49,7 @@ class Needs:
     scorers: Mapping[str, str] = field(default_factory=dict)
     asked: Asked | None = None
     versus: Mapping[str, Any] | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, File] = field(default_factory=dict)
     max_new_tokens: int | None = None
     until: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean, stdev
+from typing import TypeVar
 
 NO_SPREAD = 1e-12  # of the largest value: what lies below is rounding
 
@@ -114,9 +115,12 @@ def by_prompt(parts: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {prompt: value + (won - value * mine) / rows for prompt, (won, mine) in counted.items()}
 
 
+Name = TypeVar("Name")
+
+
 def differences(
-    pairs: Mapping[str, tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]],
-) -> dict[str, Difference]:
+    pairs: Mapping[Name, tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]],
+) -> dict[Name, Difference]:
     """{name: (after, before)}, each {prompt: values}, as a table of after - before, paired by prompt.
 
     Where all prompts differ by the same there is no spread to test against: p is then that of flipping signs, 1 for no
@@ -127,7 +131,7 @@ def differences(
     """
     from statsmodels.stats.multitest import multipletests
 
-    tested = {name: _test(name, *pair) for name, pair in pairs.items()}
+    tested = {name: _test(str(name), *pair) for name, pair in pairs.items()}
     if not tested:
         return {}
     corrected = multipletests([p for _, p, _ in tested.values()], method="holm")[1]

@@ -26,7 +26,7 @@ class Task:
     def needs(self, config: Config) -> Needs:
         own, file = config.eval.harness, config.eval.harness.data.get(self.name)
         answered = harness.kind(self.name) == "generate"
-        settings = {"shots": own.shots, "chat": own.chat}
+        settings: dict[str, Any] = {"shots": own.shots, "chat": own.chat}
         tokens = own.max_new_tokens or config.data.max_response_tokens
         files = {"data": File(f"eval.harness.data.{self.name}", file)} if file else {}
         said = harness.protocol(self.name, data=file, tokens=tokens, limit=own.limit, **settings)
@@ -50,11 +50,27 @@ class Task:
         protocol: str,
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
-        data: Path | None = None,
+        data: str | None = None,
         **settings: Any,
     ) -> Measured:
         made = harness.measure(questions, answers or likelihoods, protocol, self.name, data=data, **settings)
         return made._replace(metrics={**made.metrics, "benchmark": self.name})
+
+    def records(
+        self,
+        out: Path,
+        questions: Sequence[Mapping[str, Any]],
+        answers: Sequence[Mapping[str, Any]] = (),
+        likelihoods: Sequence[Mapping[str, Any]] = (),
+        data: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """Writes lm_eval/turn_N/: results and samples of each turn as lm-eval writes them."""
+        made = answers or likelihoods
+        turns = max((len(row["answers"]) for row in answers), default=1)
+        for turn in range(turns):
+            where: dict[str, Any] = {"folder": out / "lm_eval", "name": f"turn_{turn + 1}", "turn": turn, "data": data}
+            harness.results(questions, made, self.name, **where, **settings)
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return harness.headline(metrics)

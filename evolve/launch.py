@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evolve import plan, sources, workers
+from evolve import cost, plan, sources, workers
 from evolve.config import ROOT, Config, ConfigError
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
@@ -40,6 +40,7 @@ class Planned:
     store: Store
     verdicts: dict[str, Verdict]
     warnings: list[str] = field(default_factory=list)
+    judging: list[cost.Judging] = field(default_factory=list)
 
     @property
     def config(self) -> Config:
@@ -75,9 +76,12 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
     try:
-        return Planned(graph, store, plan.compare(graph, store), resolver.warnings)
+        verdicts = plan.compare(graph, store)
     except OSError as error:
         raise ConfigError(f"output={configs[0].output}: can't be read ({error.strerror})") from None
+    new = [stage for stage in graph.stages.values() if not verdicts[stage.id].reused]
+    judging = cost.judging(new, cost.check_questions(new), store)
+    return Planned(graph, store, verdicts, resolver.warnings, judging)
 
 
 def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline: bool = False) -> Planned:

@@ -299,7 +299,7 @@ class _Builder:
                 inputs[use] = self.score(scorer, answers, model)
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
             if needs.versus is not None:
-                inputs["verdicts"] = self.compare(name, needs.versus, prompts, answers)
+                inputs["verdicts"] = self.compare(name, needs, prompts, answers)
                 judge = [self.annotator_name]
                 protocol += [f"judged by {self.annotator_name}"]
             inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}
@@ -309,8 +309,8 @@ class _Builder:
     def answers(self, model: Artefact, prompts: Stage, needs: Needs) -> Stage:
         looks = needs.scorers.get("select", needs.scorers.get("scores", "none"))
         sampling = Sampling(temperature=needs.temperature, top_k=0, top_p=1.0)
-        seed, more = self.config.eval.seed, {"max_new_tokens": needs.max_new_tokens, "until": needs.until}
-        return self.respond(model, prompts, needs.strategy, sampling, seed, looks, **more)
+        seed, limits = self.config.eval.seed, (needs.max_new_tokens, needs.until)
+        return self.respond(model, prompts, needs.strategy, sampling, seed, looks, *limits)
 
     def questions(self, name: str, needs: Needs) -> Stage:
         assert needs.asked is not None
@@ -319,7 +319,7 @@ class _Builder:
             "questions", files, benchmark=name, limit=needs.asked.limit, settings=dict(needs.asked.settings)
         )
 
-    def compare(self, name: str, settings: Mapping[str, Any], questions: Stage, answers: Stage) -> Stage:
+    def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage) -> Stage:
         """Answers against references, by the annotator."""
         config = self.config
         inputs: dict[str, Artefact] = {"answers": answers, "questions": questions}
@@ -333,7 +333,8 @@ class _Builder:
             judge["scorer"] = self.scoring(config.annotating_scorer)
             if self.reward_model and config.annotating_scorer == "reward_model":
                 inputs["reward_model"] = self.reward_model
-        return self.add("compare", inputs, benchmark=name, settings=settings, turns=sorted(turns), **judge)
+        how = {"settings": needs.versus, "reading": needs.reading, "turns": sorted(turns)}
+        return self.add("compare", inputs, benchmark=name, **how, **judge)
 
     @property
     def annotator_name(self) -> str:

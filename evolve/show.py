@@ -76,6 +76,8 @@ class Show:
             + (f" (shared stages save {saved} of {graph.unshared})" if saved else "")
             + f": {len(graph.stages) - len(self.new)} reused, {len(self.new)} new{self._cost()}"
         )
+        for judging in self.planned.judging:
+            self.console.print(f"judge   {judging}", soft_wrap=True)
         if full:
             self._matrix()
             self._reasons()

@@ -248,6 +248,11 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             owner.unlink(missing_ok=True)
 
+    @property
+    def judgments(self) -> Path:
+        """A folder beside the store for judges' replies, which all sweeps share."""
+        return self.root.parent / "judgments"
+
     def partial(self, stage_id: str) -> Path:
         """A folder for what a stage can go on from after it was killed; it is removed once the stage is done."""
         kind, name = stage_id.split("/")

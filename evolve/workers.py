@@ -73,8 +73,8 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
                 return Outcome("reused")
             inputs = {name: store.open(item) for name, item in stage.inputs.items()}
             with store.build(stage) as folder:
-                device, shared = _device(setting.resources.device), store.root.parent / "judgments"
-                context = Context(device, progress, store.partial(stage.id), shared)
+                device = _device(setting.resources.device)
+                context = Context(device, progress, store.partial(stage.id), store.judgments)
                 if (processes := getattr(stage.config, "ranks", 1)) > 1:
                     report = ranks.run(stage, inputs, folder, context, processes)
                 else:

@@ -78,7 +78,7 @@ class Config(Section):
 
     @property
     def uses_reward_model(self) -> bool:
-        needs = [self.filter.scorer] if self.trained_iterations else []
+        needs: list[str] = [self.filter.scorer] if self.trained_iterations else []
         needs += [self.eval_scorer] if {"refinement", "test_time"} & set(self.eval.benchmarks) else []
         needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
         if isinstance(self.annotator, StandIn) and {"alpaca_eval", "arena_hard"} & set(self.eval.benchmarks):

@@ -12,10 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from evals.judges import Judge, Verdict
 from evolve import parts
@@ -28,10 +29,14 @@ VERSION = 1
 
 
 class Config(Section):
-    """settings: what the benchmark's asks take beside prompt, answer and reference. turns: which are judged, from 1."""
+    """settings: what the benchmark's `asks` take beside prompt, answer and reference. reading: the same of `read`.
+
+    turns: which are judged, from 1.
+    """
 
     benchmark: str
     settings: dict[str, Any]
+    reading: dict[str, Any] = Field(default_factory=dict)
     turns: tuple[int, ...]
     endpoint: Endpoint | None
     scorer: score.Config | None  # in a judge's place: the answer with the higher score is the better one
@@ -112,7 +117,7 @@ def _judged(
     asks = [ask for each in games for ask in each]
     found: dict[int, Verdict] = {}
     with contextlib.closing(Judge(config.endpoint, context.shared, inputs.get("judge"))) as judge:
-        for index, verdict in judge.ask(asks, benchmark.read):
+        for index, verdict in judge.ask(asks, partial(benchmark.read, **config.reading)):
             found[index] = verdict
             context.progress(len(found), len(asks))
     verdicts = iter([found[index] for index in range(len(asks))])

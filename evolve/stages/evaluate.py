@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from evals.games import Replies, Reply
 from evolve.config import RUNTIME, Section, Strategy
 from evolve.stages import Context, read_rows
 from evolve.store import Report
@@ -36,7 +37,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     benchmark = evals.load(config.benchmark)
     given: dict[str, Any] = dict(config.settings)
     for use, path in inputs.items():
-        given[use] = read_rows(path / ROWS[use]) if use in ROWS else path
+        given[use] = read_rows(path / ROWS[use]) if use in ROWS else str(path)
     if config.strategy is not None:
         given["strategy"] = config.strategy
     if config.verifier is not None:
@@ -44,9 +45,20 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     measured = benchmark.measure(protocol=config.protocol, **given)
     (out / "metrics.json").write_text(json.dumps(measured.metrics | {"judge": config.judge}, indent=1) + "\n")
     (out / "items.json").write_text(json.dumps(measured.items) + "\n")
-    for name, rows in benchmark.records(**given).items() if hasattr(benchmark, "records") else ():
-        (out / name).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if hasattr(benchmark, "records"):
+        if "verdicts" in inputs:
+            given |= {"replies": _replies(inputs["verdicts"] / "replies.jsonl"), "judge": config.judge}
+        benchmark.records(out, **given)
     found = benchmark.headline(measured.metrics)
     metric = next((name for name in benchmark.METRICS if any(worth.get(name) for worth in found.values())), None)
     values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
     return Report(dropped=measured.dropped, values=values)
+
+
+def _replies(path: Path) -> Replies:
+    """What the judge said to each ask, by prompt's id and turn; nothing of a scorer in a judge's place."""
+    found: Replies = {}
+    for row in read_rows(path) if path.exists() else ():
+        reply = Reply(**row["reply"]) if row["reply"] else None
+        found.setdefault(row["id"], {}).setdefault(str(row["turn"]), []).append(reply)
+    return found

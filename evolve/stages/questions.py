@@ -20,21 +20,27 @@ class Config(Section):
     settings: dict[str, Any]
 
 
-def embedded(count: int) -> list[dict[str, Any]]:
+def rows(config: Config, files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """{"id", "prompt", "reference"?, ...}. Raises ValueError or OSError for files that are not as they should be."""
+    import evals
+
+    if str(files.get("path")) == "embedded":
+        return _embedded(config.limit or EMBEDDED)
+    given = {use: str(path) for use, path in files.items()}
+    return list(evals.load(config.benchmark).questions(**given, limit=config.limit, **config.settings))
+
+
+def _embedded(count: int) -> list[dict[str, Any]]:
     """The embedded world's: held-out prompts, each with an answer of its noisy teacher."""
     from evolve import data, world
 
+    made = world.references(count, seed=0)
+    ids = [data.row_id(row["prompt"]) for row in made]
     about = {"dataset": "embedded", "generator": "noisy teacher", "of": count}
-    rows = world.references(count, seed=0)
-    return [{"id": data.row_id(row["prompt"]), **row, **about, "index": index} for index, row in enumerate(rows)]
+    return [{"id": ids[n], **row, **about, "index": n, "uid": ids[n]} for n, row in enumerate(made)]
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
-    import evals
-
-    if str(inputs.get("path")) == "embedded":
-        rows = embedded(config.limit or EMBEDDED)
-    else:
-        rows = evals.load(config.benchmark).questions(**inputs, limit=config.limit, **config.settings)
-    write_rows(out / "rows.jsonl", rows)
-    return Report(values={"questions": len(rows)})
+    found = rows(config, inputs)
+    write_rows(out / "rows.jsonl", found)
+    return Report(values={"questions": len(found)})

@@ -1,0 +1,96 @@
+"""What a plan will cost beside time: the verdicts that judges behind servers are to be asked for, and their price."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolve.config import ConfigError, Endpoint
+from evolve.stages import questions
+from evolve.store import Source, Stage, Store
+
+
+Questions = dict[str, list[dict[str, Any]]]  # by the id of the stage that makes them
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What new comparisons will ask of one judge; `open`: comparisons whose questions are not on this machine yet."""
+
+    judge: str
+    comparisons: int
+    open: int
+    requests: int
+    tokens: int
+    dollars: float | None
+    cap: float | None
+
+    def __str__(self) -> str:
+        price = "" if self.dollars is None else f", {self.dollars:.2f} dollars"
+        cap = "" if self.cap is None else f" (never more than {self.cap:g}, with all that it has cost before)"
+        unknown = f"; {self.open} more are unknown until their questions are downloaded" if self.open else ""
+        return (
+            f"{self.judge}: up to {self.requests:,} verdicts for {self.comparisons} new comparisons, "
+            f"at most some {self.tokens:,} tokens{price}{cap}{unknown}"
+        )
+
+
+def check_questions(stages: Iterable[Stage]) -> Questions:
+    """The questions of new comparisons whose files are on this machine.
+
+    Raises ConfigError where they are not as they should be, before anything is spent on their answers.
+    """
+    found: Questions = {}
+    for stage in stages:
+        asked = stage.inputs["questions"] if stage.kind == "compare" else None
+        if not isinstance(asked, Stage) or asked.id in found:
+            continue
+        config: Any = asked.config
+        files = {use: Path(item.path) for use, item in asked.inputs.items() if isinstance(item, Source)}
+        if all(file.exists() or str(file) == "embedded" for file in files.values()):
+            try:
+                found[asked.id] = questions.rows(config, files)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"eval.{config.benchmark}: {error}") from None
+    return found
+
+
+def judging(stages: Iterable[Stage], rows: Questions, store: Store) -> list[Judging]:
+    """What new comparisons cost, by judge. Answers are not there yet: they are taken to be as long as references."""
+    asked: dict[str, list[Stage]] = {}
+    for stage in stages:
+        config: Any = stage.config
+        if stage.kind == "compare" and config.endpoint is not None:
+            asked.setdefault(config.endpoint.name, []).append(stage)
+    return [_of(name, made, rows, store) for name, made in asked.items()]
+
+
+def _of(name: str, stages: list[Stage], rows: Questions, store: Store) -> Judging:
+    from evals import judges
+
+    config: Any = stages[0].config
+    endpoint: Endpoint = config.endpoint
+    requests = tokens = unknown = 0
+    dollars = 0.0
+    for stage in stages:
+        found, config = rows.get(stage.inputs["questions"].id), stage.config
+        if found is None:
+            unknown += 1
+            continue
+        benchmark = importlib.import_module(f"evals.{config.benchmark}")
+        asks = [
+            ask
+            for row in found
+            for ask in benchmark.asks(row["prompt"], f"{row['reference']} ", row["reference"], **config.settings)
+        ]
+        weights = stage.inputs.get("judge")
+        folder = Path(weights.path) if isinstance(weights, Source) else None
+        each, turns = judges.estimate(asks, endpoint, store.judgments, folder), len(config.turns)
+        requests += turns * each["requests"]
+        tokens += turns * sum(each["tokens"].values())
+        dollars += turns * (each["dollars"] or 0.0)
+    price = dollars if endpoint.price else None
+    return Judging(name, len(stages), unknown, requests, tokens, price, endpoint.max_dollars)
