@@ -109,7 +109,7 @@ def asks(prompt: str, answer: str, reference: str, *, evaluator: str = EVALUATOR
     texts = {"instruction": prompt, "output_1": shown[0], "output_2": shown[1]}
     messages, fields = _evaluator(evaluator)
     filled = [{**one, "content": templates.fill(one["content"], **texts)} for one in messages]
-    return [Ask(filled, fields if logprobs else DISCRETE, first)]
+    return [Ask(filled, dict(fields if logprobs else DISCRETE), first)]
 
 
 def protocol(evaluator: str = EVALUATOR, logprobs: bool = True) -> str:

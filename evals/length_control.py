@@ -159,8 +159,10 @@ def fit(games: Sequence[Game], control: Control, c: float | None = None) -> Cont
         raise Unfitted(f"{len(games)} games; at least {FEWEST} are needed for the fit")
     table = pd.DataFrame([(one.id, one.preference, one.reference_length - one.length, one.position) for one in games])
     table.columns = pd.Index(["id", "preference", "delta", "position"])
-    if not table["position"].between(0, len(control.difficulty) - 1).all():
-        raise Unfitted("not every instruction's position in the full set is known, which its difficulty goes by")
+    if table["position"].isna().any():
+        raise Unfitted("the instructions are AlpacaEval's in another order, and difficulties go by that order")
+    if (last := table["position"].max()) >= len(control.difficulty):
+        raise Unfitted(f"instruction {last} has no difficulty: there are {len(control.difficulty)}")
     # In order, as cross-validation's folds are by order.
     table = table.astype({"position": int}).sort_values("position", ignore_index=True)
     table["preference"] -= 1

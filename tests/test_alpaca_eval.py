@@ -109,15 +109,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def few_draws(request, monkeypatch):
-    """Intervals are not what most tests are about."""
-    if "all_draws" not in request.fixturenames:
-        monkeypatch.setattr(length_control, "DRAWS", 12)
-
-
-@pytest.fixture
-def all_draws():
-    pass
+def few_draws(monkeypatch):
+    """Intervals' widths are not what most tests are about."""
+    monkeypatch.setattr(length_control, "DRAWS", 12)
 
 
 def scored(capsys, *arguments):
@@ -378,8 +372,11 @@ def test_a_model_against_itself_is_at_fifty(world):
     [
         ([Game(f"p{n}", 1.2, n, 9, n) for n in range(19)], "19 games; at least 20"),
         ([Game(f"p{n}", 1.2, 5, 9, n) for n in range(30)], "differ in length from their references by as much"),
-        ([Game(f"p{n}", 1.2, n, 9, n + SIZE - 29) for n in range(30)], "position in the full set"),
-        ([Game(f"p{n}", 1.2, n, 9, n or None) for n in range(30)], "position in the full set"),
+        (
+            [Game(f"p{n}", 1.2, n, 9, n + SIZE - 29) for n in range(30)],
+            "instruction 60 has no difficulty: there are 60",
+        ),
+        ([Game(f"p{n}", 1.2, n, 9, n or None) for n in range(30)], "in another order"),
     ],
 )
 def test_what_cannot_be_controlled_says_why(world, games, words):
@@ -395,22 +392,24 @@ def test_a_model_that_always_loses_or_wins_can_be_fitted(world, preference):
 
 
 @pytest.mark.slow
-def test_the_interval_is_as_wide_as_the_fits_spread(tmp_path, all_draws):
-    """Over 60 samples of 200 instructions: the mean bootstrap standard error against the values' own spread."""
+def test_the_interval_is_as_wide_as_the_fits_spread(tmp_path, monkeypatch):
+    """Over 60 samples of 200 instructions: the bootstrap's standard errors of 15 against the values' own spread."""
     values, widths, packages = [], [], []
     for seed in range(60):
         folder = tmp_path / str(seed)
         folder.mkdir()
         world = World(folder, 200, seed)
         games, _ = alpaca_eval.games(world.questions, world.answers, world.verdicts, 1)
-        games = [Game(f"{seed} {game.id}", *list(vars(game).values())[1:]) for game in games]
+        monkeypatch.setattr(length_control, "DRAWS", 200 if seed < 15 else 2)
         found = length_control.fit(games, length_control.load(world.gamed), C)
         values.append(found.estimate.value)
-        widths.append((found.estimate.high - found.estimate.low) / 2 / 1.972)
-        packages.append(found.standard_error)
+        if seed < 15:
+            widths.append(found.draws.std(ddof=1))
+            packages.append(found.standard_error)
     spread = np.std(values, ddof=1)
     print(f"spread {spread:.2f}, bootstrap {np.mean(widths):.2f}, the package's {np.mean(packages):.2f}")
     assert np.mean(widths) == pytest.approx(spread, rel=0.25)
+    assert np.mean(packages) < spread / 1.5
 
 
 # ---- measure
@@ -767,11 +766,20 @@ def test_published_values_by_example(control, leaderboard):
 
 
 @published
-def test_a_file_in_another_order_is_not_taken_for_the_full_set(tmp_path):
-    with data("reference_gpt4_1106_preview.json").open() as file:
+def test_a_file_in_another_order_is_not_taken_for_the_full_set(tmp_path, capsys, control):
+    reference = str(data("reference_gpt4_1106_preview.json"))
+    with open(reference) as file:
         rows = json.load(file)
-    known = alpaca_eval.questions(str(data("reference_gpt4_1106_preview.json")))
-    assert [row["index"] for row in known] == list(range(805))
+    assert [row["index"] for row in alpaca_eval.questions(reference)] == list(range(805))
     random.Random(0).shuffle(rows)
-    mixed = alpaca_eval.questions(write(tmp_path / "mixed.json", rows))
-    assert {row["index"] for row in mixed} == {None}
+    assert {row["index"] for row in alpaca_eval.questions(write(tmp_path / "mixed.json", rows))} == {None}
+    with gzip.open(data("annotations/claude-2.json.gz")) as file:
+        rows = json.load(file)
+    base = ("--gamed", data("df_gamed_reconstructed.csv"), "--c", C, "--annotations")
+    known = scored(capsys, *base, data("annotations/claude-2.json.gz"))["lc_win_rate"]
+    random.Random(0).shuffle(rows)
+    mixed = write(tmp_path / "annotations.json", rows)
+    refused = scored(capsys, *base, mixed)
+    assert refused["lc_win_rate"] is None and "in another order" in refused["no_lc_win_rate"]
+    assert scored(capsys, *base, mixed, "--questions", reference)["lc_win_rate"] == known
+    assert abs(scored(capsys, *base, mixed, "--by-position")["lc_win_rate"]["value"] - known["value"]) > 0.1
