@@ -70,8 +70,11 @@ def _raw(reply: Reply | None) -> dict[str, Any] | None:
     return {"finish_reason": reply.end, "logprobs": logprobs, "message": message, "text": reply.text}
 
 
-def read(path: str, order: Mapping[str, int] | None = None) -> dict[str, list[Game]]:
-    """The games of each model in a file; `order`: instructions' positions by id, else the file's.
+def read(path: str, order: Mapping[str, int] | None = None, by_position: bool = False) -> dict[str, list[Game]]:
+    """The games of each model in a file.
+
+    Instructions' positions are by `order` (of ids), or the file's, where it isn't AlpacaEval's set in another order;
+    `by_position` takes them all the same.
 
     Raises OSError, or ValueError naming the file and row.
     """
@@ -86,13 +89,15 @@ def read(path: str, order: Mapping[str, int] | None = None) -> dict[str, list[Ga
         models: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
         for where, row in rows:
             models.setdefault(str(row.get("generator_2") or ""), []).append((where, row))
-        found = {model: _read(mine, order) for model, mine in models.items()}
+        found = {model: _read(mine, order, by_position) for model, mine in models.items()}
     for model, games in found.items():
         tables.unique([game.id for game in games], "instruction", f"{path}, {model}" if len(found) > 1 else path)
     return found
 
 
-def _read(rows: Sequence[tuple[str, Mapping[str, Any]]], order: Mapping[str, int] | None) -> list[Game]:
+def _read(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], order: Mapping[str, int] | None, by_position: bool
+) -> list[Game]:
     prompts = [tables.text(row, "instruction", where) for where, row in rows]
     ids = [row_id(prompt) for prompt in prompts]
     if (
@@ -100,7 +105,9 @@ def _read(rows: Sequence[tuple[str, Mapping[str, Any]]], order: Mapping[str, int
         and (new := next((place for place, key in enumerate(ids) if key not in order), None)) is not None
     ):
         raise ValueError(f"{rows[new][0]}: its instruction is not among the questions")
-    positions = length_control.positions(ids) if order is None else [order[key] for key in ids]
+    positions: Sequence[int | None] = range(len(ids)) if by_position else length_control.positions(ids)
+    if order is not None:
+        positions = [order[key] for key in ids]
     games = []
     for (where, row), prompt, key, position in zip(rows, prompts, ids, positions, strict=True):
         length, reference = (len(tables.text(row, output, where, empty=True)) for output in ("output_2", "output_1"))
@@ -164,9 +171,9 @@ def _score(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.questions:
         questions = alpaca_eval.questions(given.questions)
         order = {row["id"]: row["index"] for row in questions}
-    games = [(path, model, mine) for path in given.annotations for model, mine in read(path, order).items()]
+    read_all = [(path, read(path, order, given.by_position)) for path in given.annotations]
     found = []
-    for path, model, mine in games:
+    for path, model, mine in ((path, model, mine) for path, models in read_all for model, mine in models.items()):
         size = len(mine) if order is None else len(order)
         if isinstance(control, Control) and size > len(control.difficulty):
             raise ValueError(f"{path}: {size} instructions, but {len(control.difficulty)} difficulties")

@@ -130,7 +130,7 @@ def asks(prompt: str, answer: str, reference: str, *, evaluator: str = EVALUATOR
     texts = {"instruction": prompt, "output_1": shown[0], "output_2": shown[1]}
     messages, fields = _evaluator(evaluator)
     filled = [{**one, "content": templates.fill(one["content"], **texts)} for one in messages]
-    return [Ask(filled, fields if logprobs else DISCRETE, first)]
+    return [Ask(filled, dict(fields if logprobs else DISCRETE), first)]
 
 
 def protocol(evaluator: str = EVALUATOR, logprobs: bool = True) -> str:
@@ -148,11 +148,12 @@ def read(ask: Ask, reply: Reply) -> float | None:
         found = regex_parser(reply.text, dict(NAMED))[:1] if reply.text else []
     elif reply.logprobs and len(reply.logprobs) == 1:  # one token: one verdict
         try:
-            named = [one for one in reply.logprobs[0]["top_logprobs"] if one["token"] in TOKENS]
+            likely = reply.logprobs[0]["top_logprobs"]
+            named = [one for one in likely if one["token"] in TOKENS and one["logprob"] != -math.inf]
             found = logprob_parser({"logprobs": {"content": [{"top_logprobs": named}]}}, **PARSER) if named else []
         except (KeyError, TypeError, ValueError):  # not in the form of the protocol
             return None
-    if not found or not 1 <= found[0] <= 2:  # nan, where both are impossible
+    if not found or not 1 <= found[0] <= 2:  # or nan
         return None
     return float(3 - found[0] if ask.answer_first else found[0])
 

@@ -10,8 +10,8 @@ logistic regression, C by 5-fold cross-validation.
 What differs from the package: difficulties go by the instruction, not by the row in a file that may miss some; files
 may be local, and none is written; and the interval counts the fit. The package's standard error is that of the mean of
 P, with the weights taken as certain; here they are fitted again, with the same C, to 200 resamples of the instructions,
-and the interval is Student's with the standard deviation of what comes out. How often an instruction is in a resample is
-a Poisson draw of its own (the Poisson bootstrap), so two turns are resampled alike, and their difference is paired.
+and the interval is Student's with the standard deviation of what comes out. How often an instruction is in a resample
+is a Poisson draw of its own (the Poisson bootstrap), so two turns are resampled alike, and their difference is paired.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def load(gamed: str | None = None, difficulty: str | None = None) -> Control:
         )
     if hardness is None:
         hardness = _difficulty(frame.drop_duplicates("index").to_dict("records"), path)
-    return Control(frame.assign(not_gamed_baseline=False), hardness)
+    return Control(frame, hardness)
 
 
 def _difficulty(table: Sequence[Mapping[Any, Any]], path: str) -> list[float]:
@@ -143,7 +143,7 @@ def _from_hub(name: str) -> str:
 
 
 def fit(games: Sequence[Game], control: Control, c: float | None = None) -> Controlled:
-    """The length-controlled win rate, 0 to 100, of games that all have a preference. Three seconds for 805.
+    """The length-controlled win rate, 0 to 100, of games that all have a preference. Two seconds for 805.
 
     Args:
         c: the inverse strength of regularisation (sklearn's C); None: by cross-validation.
@@ -159,8 +159,10 @@ def fit(games: Sequence[Game], control: Control, c: float | None = None) -> Cont
         raise Unfitted(f"{len(games)} games; at least {FEWEST} are needed for the fit")
     table = pd.DataFrame([(one.id, one.preference, one.reference_length - one.length, one.position) for one in games])
     table.columns = pd.Index(["id", "preference", "delta", "position"])
-    if not table["position"].between(0, len(control.difficulty) - 1).all():
-        raise Unfitted("not every instruction's position in the full set is known, which its difficulty goes by")
+    if table["position"].isna().any():
+        raise Unfitted("the instructions are AlpacaEval's in another order, and difficulties go by that order")
+    if (last := table["position"].max()) >= len(control.difficulty):
+        raise Unfitted(f"instruction {last} has no difficulty: there are {len(control.difficulty)}")
     # In order, as cross-validation's folds are by order.
     table = table.astype({"position": int}).sort_values("position", ignore_index=True)
     table["preference"] -= 1
@@ -190,20 +192,31 @@ def _fit(table: pd.DataFrame, gamed: pd.DataFrame, c: float | None) -> tuple[np.
     from alpaca_eval.metrics import glm_winrate
 
     info: Any = glm_winrate.GLM_INFO[GLM]
-    features = table[["preference", "instruction_difficulty"]].assign(
-        std_delta_len=table["delta"] / (table["delta"].std() or 1.0), not_gamed_baseline=True
-    )
-    both, equal = pd.concat([gamed, features]), features.assign(std_delta_len=0)
-    train, test = glm_winrate.make_dmatrix_for_model(both, equal, formula=info["formula"])
-    # Halved, as there are two gamed models.
-    weight = np.where(both["not_gamed_baseline"], 1.0, info["regularize_to_baseline_lambda"] / 2)
+    own = np.arange(len(gamed) + len(table)) >= len(gamed)
+    columns = {  # in the order of GLM_INFO's formula
+        "length": np.tanh(np.concatenate([gamed["std_delta_len"], table["delta"] / (table["delta"].std() or 1.0)])),
+        "difficulty": np.concatenate([gamed["instruction_difficulty"], table["instruction_difficulty"]]),
+        "model": own.astype(float),
+        "preference": np.concatenate([gamed["preference"], table["preference"]]),
+    }
+    weight = np.where(own, 1.0, info["regularize_to_baseline_lambda"] / 2)  # halved: there are two gamed models
     how = info["kwargs"] if c is None else {"n_splits": 0, "C": c}
     with sklearn.config_context(), warnings.catch_warnings():  # the package changes sklearn's configuration
         warnings.filterwarnings("ignore", ".*penalty", UserWarning)  # the package's arguments, old to sklearn 1.9
         warnings.simplefilter("ignore", FutureWarning)
-        model: Any = glm_winrate.fit_LogisticRegressionCV(train, "preference", sample_weight=weight, **how)
-    weights = dict(zip(("length", "difficulty", "model"), model.coef_[0].tolist(), strict=True))
-    return model.predict_proba(test)[:, 1], float(model.C_[0]) if c is None else c, weights
+        model: Any = glm_winrate.fit_LogisticRegressionCV(
+            pd.DataFrame(columns), "preference", sample_weight=weight, **how
+        )
+    weights = dict(zip(columns, model.coef_[0].tolist(), strict=False))
+    return at_equal_lengths(weights, table["instruction_difficulty"]), float(model.C_[0]) if c is None else c, weights
+
+
+def at_equal_lengths(weights: Mapping[str, float], difficulty: Sequence[float] | pd.Series) -> np.ndarray:
+    """P that the answer wins, by instruction."""
+    import numpy as np
+    from scipy.special import expit
+
+    return expit(weights["difficulty"] * np.asarray(difficulty) + weights["model"])
 
 
 def _estimate(value: float, draws: np.ndarray, size: int, lowest: float) -> Estimate:
