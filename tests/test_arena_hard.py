@@ -448,8 +448,10 @@ def test_wrong_battles_and_commands_are_one_line(tmp_path, capsys):
         status, error = command(capsys, "--battles", write(path, rows), *words)
         assert (status, error.count("\n")) == (2, 1)
         assert said in error
-    status, error = command(capsys, "--battles", tmp_path / "none.jsonl")
-    assert (status, error.count("\n")) == (2, 1)
+    for words in (("--battles", tmp_path / "none.jsonl"), ("--judgments", write(tmp_path / "empty.jsonl", []))):
+        status, error = command(capsys, *words)
+        assert (status, error.count("\n")) == (2, 1)
+        assert str(words[1]) in error
     swapped = {**battle, "model_a": "m", "model_b": "base", "winner": "model_a"}
     _, found = command(capsys, "--battles", write(path, [battle, swapped]), "--baseline", "base")
     assert found["models"][0]["score"]["value"] == 75.0
