@@ -12,7 +12,7 @@ from evals import overlap
 from evolve import data
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-words = st.lists(st.sampled_from("abcd"), max_size=8).map(" ".join)
+words = st.lists(st.sampled_from("abc"), max_size=6).map(" ".join)
 texts = st.lists(words, max_size=5)
 
 
@@ -34,6 +34,7 @@ def found(training, evaluation, **options):
         (LONG, LONG.replace("two", "2"), 0, 0),  # twelve
         (LONG, "Five six, seven?", 0, 1),  # a short prompt, whole
         (LONG, "five seven", 0, 0),
+        (LONG, " ".join(LONG.split()[1:13]), 0, 1),  # twelve are all there are
         ("five", LONG, 0, 0),
         ("?!", " ?!", 1, 1),  # not one word
         ("?!", "!", 0, 0),
