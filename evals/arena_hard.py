@@ -358,15 +358,17 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"{asked.battles}: battles are v0.1's; {asked.version} is scored from --judgments")
         if asked.battles:
             table = battles(asked.battles, asked.baseline)
-            rows = [{"model": model, **score(parts)} for model, parts in table.items()]
+            rows = [{"model": model, **score(parts), "unscored": None} for model, parts in table.items()]
         else:
             rows = [
                 dict(zip(("model", "judge", "category"), key, strict=False)) | judged(games, asked.version)
                 for key, games in load(asked.judgments, by_category=asked.version == "v2.0").items()
             ]
         models = sorted({row["model"] for row in rows})
+        if not models:
+            raise ValueError(f"{', '.join(asked.judgments)}: no judgments")
         if asked.model is not None and asked.model not in models:
-            raise ValueError(f"no model {asked.model}; there are {', '.join(models) or 'none'}")
+            raise ValueError(f"no model {asked.model}; there are {', '.join(models)}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -201,6 +201,16 @@ def test_swapped_sides_score_the_rest(made):
         assert found["first_wins"] == pytest.approx(swapped["first_wins"])
 
 
+@given(games)
+def test_mirrored_labels_score_the_rest(made):
+    mirror = dict(zip([*FIVE, None, "A<B"], [*FIVE[::-1], None, "A<B"], strict=True))
+    found = arena_hard.judged(made)
+    mirrored = arena_hard.judged([(question, [mirror[label] for label in labels]) for question, labels in made])
+    if found["score"]:
+        assert found["score"]["value"] + mirrored["score"]["value"] == pytest.approx(100)
+    assert (found["unscored"], found["unplayed"]) == (mirrored["unscored"], mirrored["unplayed"])
+
+
 def regression(rows, baseline):
     """Ratings as upstream's regression finds them: rows twice, so that a tie is half a win, without a penalty."""
     from sklearn.linear_model import LogisticRegression
@@ -238,8 +248,9 @@ def test_published_scores(published, capsys):
 
 
 def test_upstreams_bootstrap_has_the_unclustered_width(published, capsys):
-    """Its 100 draws of rows are within a fifth of the interval for independent rows. A prompt's rows are not: clustered,
-    the interval is a third wider or more.
+    """Its 100 draws of rows are as wide, within a fifth, as the interval for independent rows.
+
+    A prompt's rows are not independent: clustered, the interval is a third wider or more.
     """
     stored = lines(published / "bootstrapping_results.jsonl")
     _, found = command(capsys, "--battles", published / "battles_gpt-4-1106-preview_judge.jsonl.gz")
@@ -437,8 +448,10 @@ def test_wrong_battles_and_commands_are_one_line(tmp_path, capsys):
         status, error = command(capsys, "--battles", write(path, rows), *words)
         assert (status, error.count("\n")) == (2, 1)
         assert said in error
-    status, error = command(capsys, "--battles", tmp_path / "none.jsonl")
-    assert (status, error.count("\n")) == (2, 1)
+    for words in (("--battles", tmp_path / "none.jsonl"), ("--judgments", write(tmp_path / "empty.jsonl", []))):
+        status, error = command(capsys, *words)
+        assert (status, error.count("\n")) == (2, 1)
+        assert str(words[1]) in error
     swapped = {**battle, "model_a": "m", "model_b": "base", "winner": "model_a"}
     _, found = command(capsys, "--battles", write(path, [battle, swapped]), "--baseline", "base")
     assert found["models"][0]["score"]["value"] == 75.0
