@@ -144,8 +144,9 @@ def _find(task: str) -> tuple[Any, dict[str, dict[str, Any]]]:
 
     All of lm-eval's YAML takes seconds to read: the folder that is named like the task comes first.
     """
-    [package] = find_spec("lm_eval").submodule_search_locations
-    packaged = Path(package) / "tasks"
+    package = find_spec("lm_eval")
+    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
+    packaged = Path(package.origin).parent / "tasks"
     named = [folder for folder in packaged.iterdir() if task.startswith(folder.name) and folder.is_dir()]
     for folders in ([], [max(named, key=lambda folder: len(folder.name))] if named else [], [packaged]):
         manager = _manager(*folders)
@@ -203,8 +204,7 @@ def _run(
         limit=limit,
         apply_chat_template=chat,
         fewshot_as_multiturn=False,
-        bootstrap_iters=0,
-        **more,
+        **{"bootstrap_iters": 0, **more},
     )
     return results, loaded["tasks"]
 
@@ -214,7 +214,7 @@ def _local(name: str, config: Mapping[str, Any], data: Data, shots: int | None, 
 
     Raises ValueError where a file is missing.
     """
-    tested = config.get("test_split") or config.get("validation_split")
+    tested = str(config.get("test_split") or config.get("validation_split"))
     examples = config.get("fewshot_config") or {}
     shown = examples.get("split") or config.get("fewshot_split") or config.get("training_split")
     if isinstance(data, Mapping):
@@ -452,7 +452,10 @@ def results(
 
     model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, _turns(questions, made)[turn])
     tracker = EvaluationTracker(output_path=str(folder))
-    found, _ = _run(task, model, data, shots, limit, chat, evaluation_tracker=tracker)
+    found, _ = _run(task, model, data, shots, limit, chat, evaluation_tracker=tracker, bootstrap_iters=1000)
+    for config in found["configs"].values():
+        if files := (config.get("dataset_kwargs") or {}).get("data_files"):
+            config["dataset_kwargs"] = {"data_files": {split: Path(path).name for split, path in files.items()}}
     tracker.general_config_tracker.model_name_sanitized = name
     samples = found.pop("samples")
     tracker.save_results_aggregated(found, samples)

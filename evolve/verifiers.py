@@ -1,5 +1,5 @@
-"""Functions that tell right answers from wrong ones: `ledger` grades the embedded world's, `math` and `exact` compare
-with the data set's reference answer.
+"""Functions that tell right answers from wrong ones: `ledger` grades the embedded world's, `math`, `exact` and `number`
+compare with the data set's reference answer.
 
 Each has `extract`, an answer's result in a form in which equal results are equal strings (None: it has none), so that
 answers can vote.
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +71,28 @@ class Exact(Verifier):
         marked = [first for first, _ in stated if first] or [second for _, second in stated if second]
         inside = boxed(answer)
         return _plain(inside if inside is not None else (marked or lines)[-1]) or None
+
+
+class Number(Verifier):
+    """Whether the answer's number is `gold`'s, as decimals: 1,200.00 is 1200, and 0.75 is not 3/4.
+
+    It is the one in the last \\boxed{}, or else behind the last ####, or else the last of the text. What holds no space
+    is an answer by itself, and has to be a number but for $, % and a full stop.
+    """
+
+    def grade(self, item: Item) -> Score:
+        found = self.extract(item.answer)
+        right = found is not None and found == self.extract(_gold(item))
+        return Score(float(right), right)
+
+    def extract(self, answer: str) -> str | None:
+        inside = boxed(answer)
+        text = (_result(answer) if inside is None else inside).replace("\\$", "").strip("$%. ")
+        numbers = re.findall(_NUMBER, text) if " " in text else re.findall(f"^{_NUMBER}$", text)
+        return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
+
+
+_NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,3})?"
 
 
 def _plain(text: str) -> str:
@@ -146,7 +169,7 @@ class Math(Verifier):
         return json.loads(line) if line.endswith("\n") else None
 
 
-VERIFIERS = {"ledger": Ledger, "exact": Exact, "math": Math}
+VERIFIERS = {"ledger": Ledger, "exact": Exact, "math": Math, "number": Number}
 
 
 def _result(answer: str) -> str:

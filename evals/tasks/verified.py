@@ -2,9 +2,9 @@ r"""Documents and scorer of this folder's tasks.
 
     {"problem": "What is $1+1$?", "solution": "... is $\\boxed{2}$."}  "so it is \\boxed{\\frac{4}{2}}"  ->  right
 
-The scorer is evolve's verifier `math`: Math-Verify in a process of its own, with a time limit; an answer that it gives
-up on is wrong. lm-eval's own scorers of these data sets take the text between an answer's first and last $
-(hendrycks_math, aime24) or want another antlr4 than Hydra does (minerva_math).
+The scorer is evolve's verifier `math`: Math-Verify in a process of its own, with a time limit. lm-eval's own scorers of
+these data sets take the text between an answer's first and last $ (hendrycks_math, aime24) or want another antlr4 than
+Hydra does (minerva_math).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from evolve.scorers import Item
 
 def documents(dataset: Any) -> Any:
     """Rows of any of the data sets as {"problem", "answer"}."""
-    return dataset.map(
-        lambda row: {"problem": problem(row), "answer": answer(row)}, remove_columns=dataset.column_names
-    )
+    from datasets import Dataset
+
+    return Dataset.from_list([{"problem": problem(row), "answer": answer(row)} for row in dataset])
 
 
 def problem(row: dict[str, Any]) -> str:
@@ -50,5 +50,8 @@ def _verifier() -> verifiers.Verifier:
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Raises RuntimeError where the verifier gave up, for whoever counts such."""
     graded = _verifier().grade(Item(doc["problem"], results[0], doc["answer"]))
+    if graded.counts:
+        raise RuntimeError(*graded.counts)
     return {"exact_match": float(bool(graded.correct))}
