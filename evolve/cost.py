@@ -12,7 +12,6 @@ from evolve.config import ConfigError, Endpoint
 from evolve.stages import questions
 from evolve.store import Source, Stage, Store
 
-
 Questions = dict[str, list[dict[str, Any]]]  # by the id of the stage that makes them
 
 
