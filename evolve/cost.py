@@ -91,5 +91,5 @@ def _of(name: str, stages: list[Stage], rows: Questions, store: Store) -> Judgin
         requests += turns * each["requests"]
         tokens += turns * sum(each["tokens"].values())
         dollars += turns * (each["dollars"] or 0.0)
-    price = dollars if endpoint.price else None
+    price = dollars if endpoint.price and (endpoint.price.input or endpoint.price.output) else None
     return Judging(name, len(stages), unknown, requests, tokens, price, endpoint.max_dollars)

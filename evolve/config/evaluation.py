@@ -97,7 +97,7 @@ class Endpoint(Section):
     @model_validator(mode="after")
     def _has_a_server(self) -> Endpoint:
         check_server(HERE, self.url, self.serve, self.key)
-        if self.max_dollars is not None and self.price is None:
+        if self.max_dollars is not None and not (self.price and (self.price.input or self.price.output)):
             raise ValueError(
                 f"{HERE}.max_dollars={self.max_dollars:g}: needs {HERE}.price, the dollars for a million tokens"
             )
