@@ -123,10 +123,11 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(words)
     try:
         rows = read(asked.training, asked.training_prompt), read(asked.evaluation, asked.evaluation_prompt)
-        print(json.dumps(overlap(*rows, n=asked.n), indent=1))
+        counts = overlap(*rows, n=asked.n)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(json.dumps(counts, indent=1))
     return 0
 
 
