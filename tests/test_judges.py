@@ -547,7 +547,7 @@ def test_what_was_paid_survives_a_kill(server, tmp_path):
     late = threading.Event()
     server.trouble = lambda body, n: None if len(server.bodies) <= 12 else late.wait(20) and None
     with process(server, tmp_path, concurrency=4, max_dollars=100) as killed:
-        said = [line for line, _ in zip(killed.stdout, range(12), strict=False) if line.startswith("verdict")]
+        said = [line for _, line in zip(range(12), killed.stdout, strict=False) if line.startswith("verdict")]
         while len(server.bodies) < 16:
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
