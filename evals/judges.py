@@ -117,6 +117,7 @@ class Judge:
         ledger = cache / "ledger" / digest(self.model)[:16]
         self.ledger = Ledger(ledger, self.model, endpoint.max_dollars, self.cache, endpoint.timeout)
         self._opening, self._opened = threading.Lock(), contextlib.ExitStack()
+        self._opened.callback(self.ledger.close)
         self._client: Any = None
         self._stop = threading.Event()
         self._answered = 0
@@ -129,8 +130,8 @@ class Judge:
         """(index, verdict) as they come, each index once.
 
         Raises, in one line and after all that was under way has been given back:
-            ValueError: the key is refused, the server hasn't the model, or no request is as it wants them.
-            RuntimeError: the server can't be reached, verdicts are missing, or the cap is reached.
+            ValueError: a setting that can't be: the key, the model's name, what verdicts are read from.
+            RuntimeError: no server, one that refuses everything, verdicts that are missing, the cap reached.
         """
         if any(ask.fields.get("logprobs") for ask in asks) and not self.endpoint.logprobs:
             raise ValueError(

@@ -104,6 +104,7 @@ class Ledger:
         self.name = uuid.uuid4().hex
         self._spent, self._reserved = 0.0, dict[str, float]()
         self._process = this_process()
+        self._closed: dict[str, float] = {}  # what others spent that have ended in order, and so never changes
         self._changed = threading.Condition()
 
     def reserve(self, key: str, bound: float, stop: threading.Event) -> None:
@@ -139,15 +140,26 @@ class Ledger:
         self._spent += dollars
         self._save()
 
+    def close(self) -> None:
+        """Nothing more will be spent under this name."""
+        with self._changed:
+            if self._spent and not self._reserved:
+                self._save(closed=True)
+
     def total(self) -> tuple[float, float]:
         """Dollars spent, and reserved for what is under way. Raises RuntimeError for a file that can't be read."""
         spent: list[float] = []
         held: list[float] = []
         for path in self.folder.glob("*.json"):
+            if path.stem in self._closed:
+                continue
             try:
                 found = json.loads(path.read_bytes())
                 process, reserved = found["process"], dict(found["reserved"])
-                spent.append(float(found["spent"]))
+                if found["closed"]:
+                    self._closed[path.stem] = float(found["spent"])
+                else:
+                    spent.append(float(found["spent"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise RuntimeError(f"{path}: can't be read ({error}), so what was spent isn't known") from None
             for key, bound in reserved.items():
@@ -156,10 +168,8 @@ class Ledger:
                     spent.append(paid.dollars)
                 else:
                     (spent if path.stem != self.name and ended(process) else held).append(bound)
-        return math.fsum(spent), math.fsum(held)
+        return math.fsum([*spent, *self._closed.values()]), math.fsum(held)
 
-    def _save(self) -> None:
-        _write(
-            self.folder / f"{self.name}.json",
-            {"model": self.model, "process": self._process, "spent": self._spent, "reserved": self._reserved},
-        )
+    def _save(self, closed: bool = False) -> None:
+        state = {"spent": self._spent, "reserved": self._reserved, "closed": closed}
+        _write(self.folder / f"{self.name}.json", {"model": self.model, "process": self._process, **state})
