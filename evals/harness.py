@@ -187,13 +187,17 @@ def _run(
     manager, parts = _find(task)
     for config in parts.values():
         _shots(config, shots)
-    if data is None:
-        loaded = manager.load([task])
-        chosen = [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
-    else:
-        local = [{"task": name, **_local(name, config, data, shots, len(parts) > 1)} for name, config in parts.items()]
-        loaded = manager.load([{"group": f"{task} (local)", "task": local}])
-        chosen = list(loaded["tasks"].values())
+    local = [
+        {"task": name, **_local(name, config, data, shots, len(parts) > 1)}
+        for name, config in parts.items()
+        if data is not None
+    ]
+    try:
+        loaded = manager.load([{"group": f"{task} (local)", "task": local} if local else task])
+    except (ImportError, AssertionError) as error:
+        raise ValueError(f"{task}: lm-eval's own code for it can't be loaded here: {error}") from None
+    group = None if local else loaded["groups"].get(task)
+    chosen = [group] if group else list(loaded["tasks"].values())
     for one in loaded["tasks"].values():
         one.process_results = _counted(one)
     results = simple_evaluate(
@@ -216,31 +220,30 @@ def _local(name: str, config: Mapping[str, Any], data: Data, shots: int | None, 
     """
     tested = str(config.get("test_split") or config.get("validation_split"))
     examples = config.get("fewshot_config") or {}
-    shown = examples.get("split") or config.get("fewshot_split") or config.get("training_split")
+    splits = [examples.get("split"), *map(config.get, ("fewshot_split", "training_split", "validation_split"))]
+    shown = next((split for split in splits if split), None)
+    files: dict[str | None, Path] = {}
     if isinstance(data, Mapping):
         files = {split: Path(path) for split, path in data.items()}
     else:
         path = Path(data or "")
-        if several or path.is_dir():
-            path = _file(path, name)
-        files = {tested: path}
-        if _shots(config, shots) and shown and shown != tested:
+        files[tested] = _file(path, name) if several or path.is_dir() else path
+        if _shots(config, shots) and shown not in (None, tested):
             with contextlib.suppress(ValueError):
-                files[shown] = _file(path.parent, shown)
+                files[shown] = _file(files[tested].parent, shown)
     wanted = {tested} | ({shown} if _shots(config, shots) and not examples.get("samples") else set())
     for split in wanted:
         if split not in files or not files[split].is_file():
-            raise ValueError(
-                f"{name}: its split {split!r} is in no file ({files.get(split, f'{split}.jsonl beside the other')}); "
-                "give data={split: file}, or take fewer shots"
-            )
-    keep = shown in files
+            where = files.get(split, f"no {split}.jsonl beside the other")
+            raise ValueError(f"{name}: its split {split!r} is in no file ({where}); give data as {{split: file}}")
     return {
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}},
-        "training_split": config.get("training_split") if config.get("training_split") in files else None,
-        "fewshot_split": config.get("fewshot_split") if keep else None,
+        **{
+            name: split if (split := config.get(name)) in files else None
+            for name in ("training_split", "validation_split", "fewshot_split")
+        },
     }
 
 

@@ -190,8 +190,16 @@ def score(rows: Sequence[Row], form: Form, rule: str) -> dict[str, Any]:
     disagreements = []
     for number, row in enumerate(rows):
         key = str(row[form.key]) if form.key else str(number)
-        for output in form.outputs(row):
+        try:
+            outputs = form.outputs(row)
+        except (ValueError, LookupError, TypeError) as error:
+            raise Refused(f"row {number}: is not as the others of its form: {error!r}") from None
+        for output in outputs:
             gold = reference(output.gold)
+            if isinstance(output.prediction, dict | list):
+                raise Refused(f"row {number}: its prediction is neither a text nor a number nor a list of such")
+            if output.label not in (None, 0, 1):
+                raise Refused(f"row {number}: its label {output.label!r} is neither true nor false")
             if gold is None:
                 unscored += 1
                 continue

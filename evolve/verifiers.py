@@ -87,7 +87,7 @@ class Number(Verifier):
 
     def extract(self, answer: str) -> str | None:
         inside = boxed(answer)
-        text = (_result(answer) if inside is None else inside).replace("\\$", "").strip("$%. ")
+        text = re.sub(r"\\?[$%]", "", _result(answer) if inside is None else inside).strip().removesuffix(".")
         numbers = re.findall(_NUMBER, text) if " " in text else re.findall(f"^{_NUMBER}$", text)
         return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
 
