@@ -198,6 +198,17 @@ def test_equal_requests_are_asked_once(server, tmp_path):
     assert sum(verdict.cached for verdict in found.values()) == 7
 
 
+def test_who_stops_early_keeps_what_was_under_way(server, tmp_path):
+    server.trouble = lambda body, n: 0.1
+    with contextlib.closing(Judge(endpoint(server.url), tmp_path)) as judge:
+        verdicts = judge.ask(ASKS, read)
+        next(verdicts)
+        verdicts.close()
+    assert len(list(tmp_path.glob("??/*.json"))) == len(server.bodies) < 40
+    assert {index: one.verdict for index, one in judged(server, tmp_path).items()} == HEALTHY
+    assert len(server.bodies) == 40
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"checksum": 1}', None], ids=repr)
 def test_a_damaged_reply_is_asked_again_and_said(server, tmp_path, capfd, damage):
     judged(server, tmp_path, ASKS[:2])
