@@ -285,7 +285,8 @@ class _Builder:
             try:
                 needs = evals.load(name).needs(self.config)
             except ValueError as error:
-                raise ConfigError(f"eval.benchmarks: {error}") from None
+                ours = ", ".join(evals.BENCHMARKS)
+                raise ConfigError(f"eval.benchmarks: {error} (not of lm-eval are: {ours})") from None
             prompts = self.questions(name, needs) if needs.asked else self.held_out
             inputs: dict[str, Artefact] = {"questions": prompts} if needs.asked else {}
             protocol, judge = [needs.protocol], [self.scorer_name(scorer) for scorer in needs.scorers.values()]

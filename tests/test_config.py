@@ -84,7 +84,7 @@ def default_config() -> str:
 
 
 @pytest.mark.parametrize("scale", ["embedded", "paper"])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("eval/benchmark=")])
 def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None:
     if (choice, scale) == ("filter=verifier", "paper"):
         pytest.skip("UltraFeedback has no verifier: refused below")
@@ -92,6 +92,7 @@ def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None
         "engine=openai": ["engine.url=http://localhost:8000/v1", "engine.model=m"],
         "judge=server": ["judge.engine.url=http://localhost:8000/v1", "judge.engine.model=m"],
         "filter=judge": ["judge=policy"],
+        "annotator=server": ["annotator.url=http://localhost:8000/v1", "annotator.model=m"],
     }
     stated = composed(f"scale={scale}", choice, *beside.get(choice, []))
     assert leaves(stated).keys() == leaves(config.load(stated).model_dump()).keys()
@@ -217,7 +218,17 @@ REFUSED = {
     "trainer.batch_size=0": ["trainer.batch_size=0", "greater than or equal to 1"],
     "strategy.answers=65": ["strategy.answers=65", "less than or equal to 64"],
     "resources.workers=0": ["resources.workers=0", "greater than or equal to 1"],
-    "eval.benchmarks=[chess]": ["eval.benchmarks", "chess", "'refinement'"],
+    "eval.judged=some": ["eval.judged=some", "'ends' or 'all'"],
+    "annotator=server annotator.model=m": ["annotator.url, annotator.serve: neither is set"],
+    "annotator=server annotator.url=http://x/v1": ["annotator", "model"],
+    "annotator=server annotator.url=http://x/v1 annotator.model=m annotator.max_dollars=1": [
+        "annotator.max_dollars=1: needs annotator.price"
+    ],
+    "annotator=server annotator.url=http://x/v1 annotator.model=m annotator.path=weights": ["annotator.serve"],
+    "annotator=server annotator.url=http://x/v1 annotator.model=m annotator.key=sk-1": ["annotator.key: not the name"],
+    "annotator=gpt4_turbo annotator.logprob=true": ["annotator.logprob: unknown key", "annotator.logprobs?"],
+    "data=ultrafeedback annotator.scorer=verifier": ["annotator.scorer=verifier", "no verifier"],
+    "eval.alpaca_eval.limits=3": ["eval.alpaca_eval.limits: unknown key", "eval.alpaca_eval.limit?"],
     "data=ultrafeedback data.path=no.jsonl": ["data.path=no.jsonl: no such file"],
     "data=ultrafeedback data.path=./no": ["data.path=./no", ".jsonl", "hub id", "'embedded'"],
     "data=ultrafeedback data.path=evolve/embedded/config.json": ["data.path=evolve/embedded/config.json"],
@@ -423,6 +434,9 @@ def test_every_other_setting_changes_an_id() -> None:
         "eval.benchmarks",
         "eval.test_time",  # of a benchmark that this doesn't run
         "eval.select",  # as test_time
+        "eval.judged",  # of judged benchmarks, as their sections
+        "annotator.kind",
+        "annotator.scorer",
         "model.beta",  # the loss's betas count
         "loss.gamma",  # of SimPO alone
         "loss.policy_gradient",  # of rewards alone
@@ -457,8 +471,8 @@ def test_every_other_setting_changes_an_id() -> None:
     }
     unnoticed = []
     for key, value in leaves(base).items():
-        if key in idle:
-            continue
+        if key in idle or key.startswith(("eval.alpaca_eval.", "eval.arena_hard.", "eval.harness.")):
+            continue  # the latter are tested below
         if key in other:
             new = other[key]
         elif isinstance(value, bool):
@@ -486,6 +500,79 @@ def test_how_a_server_is_reached_never_changes_an_id_and_what_it_is_does() -> No
     one, two = (load(*untrained, "engine.model=m", f"engine.url=http://{host}/v1") for host in ("here:1", "there:2"))
     assert ids(one) == ids(two)
     assert len(stages(one, "respond")) == 1
+
+
+JUDGED = ("debug=fast", "eval.benchmarks=[alpaca_eval,arena_hard]", "annotator=server", "annotator.model=m")
+
+
+def test_how_an_annotator_is_reached_never_changes_an_id_and_what_it_is_does() -> None:
+    base = composed(*JUDGED, "annotator.url=http://here/v1")
+    known = ids(config.load(base))
+    runtime = {
+        "name": "x",
+        "url": "http://there/v1",
+        "key": "MY_KEY",
+        "concurrency": 3,
+        "timeout": 9.5,
+        "retries": 0,
+        "price": {"input": 1, "output": 2},
+        "revision": "abc",
+    }
+    for key, value in runtime.items():
+        assert ids(changed(base, **{f"annotator.{key}": value})) == known, key
+    other = {"model": "n", "logprobs": False, "attempts": 5}
+    for key, value in other.items():
+        changed_ids = ids(changed(base, **{f"annotator.{key}": value}))
+        assert changed_ids != known, key
+        kept = [(phase, one) for phase, one in known if not one.startswith(("compare/", "evaluate/"))]
+        assert set(kept) <= set(changed_ids), key  # answers stay
+    assert {*runtime, *other, "kind", "serve", "path", "max_dollars"} == base["annotator"].keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kinds"),
+    [
+        ("eval.alpaca_eval.limit", 3, {"questions", "respond", "compare", "evaluate", "overlap"}),
+        ("eval.alpaca_eval.temperature", 0.1, {"respond", "compare", "evaluate"}),
+        ("eval.alpaca_eval.max_new_tokens", 5, {"respond", "compare", "evaluate"}),
+        ("eval.alpaca_eval.evaluator", "weighted_alpaca_eval_gpt-4o-mini-2024-07-18", {"compare", "evaluate"}),
+        ("eval.arena_hard.limit", 3, {"questions", "respond", "compare", "evaluate", "overlap"}),
+        ("eval.arena_hard.temperature", 0.1, {"respond", "compare", "evaluate"}),
+        ("eval.arena_hard.max_new_tokens", 5, {"respond", "compare", "evaluate"}),
+        ("eval.arena_hard.version", "v2.0", {"compare", "evaluate"}),
+        ("eval.judged", "all", {"compare", "evaluate"}),
+        ("eval.turns", 3, {"respond", "compare", "evaluate"}),
+    ],
+)
+def test_a_judged_benchmarks_settings_make_its_own_stages_new(key: str, value: Any, kinds: set[str]) -> None:
+    base = composed(*JUDGED, "annotator.url=http://here/v1")
+    known, new = set(ids(config.load(base))), set(ids(changed(base, **{key: value})))
+    assert {one.split("/")[0] for _, one in known - new} == kinds
+
+
+@pytest.mark.parametrize(
+    ("override", "kinds"),
+    [
+        ("eval.harness.shots=3", {"questions", "respond", "evaluate", "overlap"}),
+        ("eval.harness.chat=false", {"questions", "respond", "evaluate", "overlap"}),
+        ("eval.harness.limit=3", {"questions", "respond", "evaluate", "overlap"}),
+        ("eval.harness.temperature=0.5", {"respond", "evaluate"}),
+        ("eval.harness.max_new_tokens=7", {"respond", "evaluate"}),
+    ],
+)
+def test_a_tasks_settings_make_its_own_stages_new(tmp_path: Path, override: str, kinds: set[str]) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    given = ("debug=fast", "eval.benchmarks=[gsm8k]", f"eval.harness.data.gsm8k={file}")
+    known, new = set(ids(load(*given))), set(ids(load(*given, override)))
+    assert {one.split("/")[0] for _, one in known - new} == kinds
+
+
+def test_an_unknown_benchmark_is_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"eval.benchmarks: gsm8q: no such .*gsm8k.*refinement, test_time, alpaca_eval"
+    ):
+        plan.build("member", load("eval.benchmarks=[gsm8q]"), RESOLVER)
 
 
 def test_a_judge_decides_the_scores_it_gives() -> None:
