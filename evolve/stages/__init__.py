@@ -8,6 +8,7 @@ stay inside `run`, so that planning needs none.
     reward_model pairs -> a small reward model                            a model's folder
     activate     model, pairs -> model                   (SFT)            a model's folder, steps.jsonl
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
+    likelihood   model, questions -> log-likelihoods     (lm-eval's)      likelihoods.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
@@ -28,7 +29,19 @@ from typing import Any, Protocol
 from evolve.config import Optimiser, Section, Template
 from evolve.store import Report, Source, Stage
 
-KINDS = ("data", "reward_model", "activate", "respond", "score", "pair", "reference", "train", "reinforce", "evaluate")
+KINDS = (
+    "data",
+    "reward_model",
+    "activate",
+    "respond",
+    "likelihood",
+    "score",
+    "pair",
+    "reference",
+    "train",
+    "reinforce",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)
