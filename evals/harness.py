@@ -339,6 +339,9 @@ def measure(
     for turn, given in enumerate(_turns(questions, made), 1):
         model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, given)
         results, tasks = _run(task, model, data, shots, limit, chat)
+        now = {f"{part}/{sample['doc_id']}" for part, samples in results["samples"].items() for sample in samples}
+        if now != given.keys():
+            raise ValueError(f"{task}: {len(given)} questions were asked, and it has {len(now)}; has limit changed?")
         estimates, by_document, failed = _estimates(results["samples"], tasks)
         never = sum(answer is None for answer in given.values())
         failed -= never if kind(task) == "likelihood" else 0

@@ -103,6 +103,8 @@ def test_answers_to_other_questions_are_refused(gsm8k):
         harness.measure(rows, made, "", "gsm8k", data=gsm8k, shots=1)
     with pytest.raises(ValueError, match="gsm8k/2: was not asked"):
         harness.measure(rows[:2], made[:2], "", "gsm8k", data=gsm8k, shots=0)
+    with pytest.raises(ValueError, match="gsm8k: 4 questions were asked, and it has 2"):
+        harness.measure(rows, made, "", "gsm8k", data=gsm8k, shots=0, limit=2)
 
 
 def test_lm_eval_writes_the_same_numbers(gsm8k, tmp_path):
