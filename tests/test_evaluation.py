@@ -1,0 +1,260 @@
+"""Benchmarks that judges decide, from the command to the tables: stand-ins, a server, a broken server, wrong files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import hydra
+import pytest
+from test_judges import SECRET, Fake
+
+from evals import alpaca_annotations, arena_hard
+from evolve import config, launch
+from evolve.config import CONF, ConfigError
+from evolve.stages import Context, module, stage, write_rows
+from sweeps import collect, differences, tables
+
+SMALL = ["debug=fast", "loss=sft_only", "data.eval_prompts=8", "data.sft_pairs=16", "eval.turns=3"]
+JUDGED = ["eval.benchmarks=[alpaca_eval,arena_hard]", "eval.alpaca_eval.limit=12", "eval.arena_hard.limit=6"]
+JUDGED += ["eval.arena_hard.temperature=0.7"]
+KEY = "EVOLVE_TEST_KEY"
+
+
+def load(*overrides: str) -> config.Config:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.load(hydra.compose("config", overrides=["~local", *overrides]))
+
+
+def run(out: Path, *members: list[str]) -> launch.Planned:
+    overrides = [[*SMALL, *JUDGED, *member, f"output={out}"] for member in members]
+    before = dict(os.environ)
+    try:
+        return launch.sweep([load(*words) for words in overrides], overrides, inline=True)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> launch.Planned:
+    """Judged by the verifier in one member, by a reward model in the other."""
+    members = [["annotator.scorer=verifier"], ["annotator.scorer=reward_model", "eval.judged=all"]]
+    return run(tmp_path_factory.mktemp("judged"), *members)
+
+
+@pytest.fixture(scope="module")
+def sweep(planned: launch.Planned) -> collect.Sweep:
+    launch.report(planned)
+    return collect.load(planned.folder)
+
+
+def test_which_turns_are_judged(sweep: collect.Sweep) -> None:
+    for member, turns in zip(sweep.members, ([1, 3], [1, 2, 3]), strict=True):
+        for measurement in member.measurements:
+            assert [turn["turn"] for turn in measurement.metrics["turns"]] == turns
+
+
+def test_two_judges_never_share_a_table(sweep: collect.Sweep) -> None:
+    assert sweep.judges("alpaca_eval") == ["a stand-in, ledger", "a stand-in, trained reward model"]
+    for made in tables.shown(sweep):
+        assert ("judged by a stand-in, ledger" in made.title) != ("judged by a stand-in, trained reward" in made.title)
+        assert len({row[0] for row in made.rows[1:]}) == 1
+
+
+def test_others_can_score_what_was_judged(sweep: collect.Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    for measurement in [one for member in sweep.members for one in member.measurements]:
+        folder = sweep.store.folder(measurement.id)
+        for turn in measurement.metrics["turns"]:
+            if measurement.benchmark == "alpaca_eval":
+                file = folder / f"annotations_turn_{turn['turn']}.json"
+                alpaca_annotations.main(["--annotations", str(file), "--no-length-control"])
+                again = json.loads(capsys.readouterr().out)
+                assert again["win_rate"] == pytest.approx(turn["win_rate"])
+            else:
+                file = folder / f"judgments_turn_{turn['turn']}.jsonl"
+                arena_hard.main(["--judgments", str(file)])
+                [again] = json.loads(capsys.readouterr().out)["models"]
+                assert again["score"] == pytest.approx(turn["score"])
+
+
+def test_refinement_and_improvement_are_told_apart(sweep: collect.Sweep) -> None:
+    member = sweep.members[0]
+    base, last = member.of("alpaca_eval")
+    found = {row.question: row.difference for row in differences.rows(sweep, "alpaca_eval", base.judge, "win_rate")}
+    assert set(found) == {"self-refinement", "self-improvement"}
+    assert found["self-refinement"].value == pytest.approx(last.metrics["gain"]["win_rate"]["value"])
+    before, after = (sweep.items(one)["direct"]["win_rate"] for one in (base, last))
+    assert found["self-improvement"].value == pytest.approx(fmean(after[key] - before[key] for key in before))
+    assert all(one.p_corrected >= one.p for one in found.values())
+
+
+def test_members_are_compared_with_the_first(tmp_path: Path) -> None:
+    made = run(tmp_path, ["seed=0"], ["seed=0", "trainer.epochs.sft=3"])
+    sweep = collect.load(made.folder)
+    rows = differences.rows(sweep, "alpaca_eval", "a stand-in, ledger", "win_rate")
+    [against] = [row for row in rows if row.question.startswith("against ")]
+    first, second = (member.of("alpaca_eval")[-1] for member in sweep.members)
+    assert against.member == sweep.members[1].name and against.records == (second.id, first.id)
+    with (differences.write(sweep)[0]).open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["benchmark"] for line in lines} == {"alpaca_eval", "arena_hard"}
+    assert {line["phase"] for line in lines if line["question"] == "self-refinement"} == {"base", "sft"}
+
+
+def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> None:
+    assert tables.overlaps(sweep)[0].startswith("overlap ")
+    assert all(": 0 of " in line for line in tables.overlaps(sweep))  # the world's parts are disjoint
+    for name, prompts in (("evaluation", ["One two", "unlike", "three"]), ("training", ["one  TWO", "nothing"])):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", [{"id": text, "prompt": text} for text in prompts])
+    context = Context("cpu", lambda done, total: None, tmp_path / "partial")
+    inputs = {"evaluation": tmp_path / "evaluation", "training_0": tmp_path / "training"}
+    report = module("overlap").run(stage("overlap", {}, words=13).config, inputs, tmp_path, context)
+    assert report.values == {"evaluation": 3, "training": 2, "exact": 1, "ngram": 1}
+
+
+# ---- a judge behind a server
+
+
+def decides(body: dict[str, Any]) -> dict[str, Any]:
+    """Verdicts of both benchmarks, by a hash of what is asked."""
+    share = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()[0] / 256
+    if not body.get("logprobs"):
+        label = ("A>>B", "A>B", "A=B", "B>A", "B>>A")[int(share * 5)]
+        return {"message": {"role": "assistant", "content": f"I compare.\n[[{label}]]"}}
+    logs = [{"token": token, "logprob": -0.1 - gap} for token, gap in (("m", share), ("M", 1 - share), ("x", 5))]
+    content = [{"token": "m", "logprob": -0.1, "top_logprobs": logs}]
+    return {"message": {"role": "assistant", "content": "m"}, "logprobs": {"content": content}}
+
+
+def breaks(body: dict[str, Any], number: int) -> Any:
+    """Something else goes wrong with each request, and at the third try nothing does."""
+    kind = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()[1] % 6
+    if number > 2:
+        return decides(body)
+    return [
+        (429, {"error": {"message": "slow down"}}, {"Retry-After": "0"}),
+        (500, "oops"),
+        "cut",
+        "closed",
+        (200, ""),
+    ][kind % 5]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    monkeypatch.setenv(KEY, SECRET)
+    with Fake() as fake:
+        fake.trouble = lambda body, number: decides(body)
+        threading.Thread(target=fake.serve_forever, args=(0.05,), daemon=True).start()
+        yield fake
+        fake.shutdown()
+
+
+def annotator(server: Fake, **more: Any) -> list[str]:
+    given = {"url": server.url, "model": "judge", "key": KEY, "price.input": 1000, "price.output": 4000, **more}
+    return ["annotator=server", *(f"annotator.{key}={value}" for key, value in given.items())]
+
+
+def numbers(planned: launch.Planned) -> list[Any]:
+    member = collect.load(planned.folder).members[0]
+    return [(one.phase, one.benchmark, one.metrics["turns"], one.metrics["gain"]) for one in member.measurements]
+
+
+def test_a_broken_server_gives_the_same_numbers_and_each_reply_is_paid_once(server: Fake, tmp_path: Path) -> None:
+    healthy = run(tmp_path / "healthy", annotator(server))
+    asked = set(server.whole)
+    assert set(server.whole.values()) == {1}
+    server.whole.clear(), server.asked.clear()
+    server.trouble = breaks
+    broken = run(tmp_path / "broken", annotator(server, retries=5))
+    assert numbers(broken) == numbers(healthy)
+    assert set(server.whole) == asked and set(server.whole.values()) == {1}
+    text = (broken.folder / "sweep.json").read_text()
+    assert "judged by judge" in str(
+        [one.metrics["protocol"] for one in collect.load(broken.folder).members[0].of("arena_hard")]
+    )
+    assert KEY in text
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+def test_a_server_that_stays_down_loses_nothing(server: Fake, tmp_path: Path) -> None:
+    healthy = numbers(run(tmp_path / "healthy", annotator(server)))
+    server.whole.clear()
+    server.trouble = lambda body, number: decides(body) if body.get("logprobs") else (500, "down")
+    with pytest.raises(launch.Failed, match="2 stage"):
+        run(tmp_path / "out", annotator(server, retries=0))
+    kept = dict(server.whole)
+    server.trouble = lambda body, number: decides(body)
+    assert numbers(run(tmp_path / "out", annotator(server, retries=0))) == healthy
+    assert set(server.whole.values()) == {1} and kept.items() <= server.whole.items()
+
+
+def test_the_plan_says_what_a_judge_will_cost(server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, [*annotator(server, max_dollars=1000), "dry_run=true"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("judge "))
+    # Two models, two turns: 12 verdicts each of AlpacaEval, two games of 6 questions each of Arena-Hard.
+    assert "judge: up to 96 verdicts for 4 new comparisons" in line and "(never more than 1000" in line
+    run(tmp_path, annotator(server))
+    run(tmp_path, [*annotator(server), "dry_run=true"])
+    assert "verdicts" not in capsys.readouterr().out.split("plan ")[-1].split("\n")[1]
+
+
+def test_verdicts_that_cannot_be_read_stand_beside_the_number(server: Fake, tmp_path: Path) -> None:
+    def mumbles(body: dict[str, Any], number: int) -> dict[str, Any]:
+        unsure = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()[2] % 4 == 0
+        return {"message": {"role": "assistant", "content": "hm"}} if unsure else decides(body)
+
+    server.trouble = mumbles
+    made = run(tmp_path, annotator(server))
+    sweep = collect.load(made.folder)
+    for benchmark in ("alpaca_eval", "arena_hard"):
+        turns = [turn for one in sweep.members[0].of(benchmark) for turn in one.metrics["turns"]]
+        unscored = sum(turn["unscored"] for turn in turns)
+        assert unscored > 0
+        shown = next(made for made in tables.shown(sweep) if made.title.startswith(benchmark))
+        assert f"({turns[0]['unscored']} unscored)" in str(shown.rows) or not turns[0]["unscored"]
+        assert "unscored)" in str(shown.rows)
+
+
+# ---- wrong files, before anything is spent
+
+QUESTION = {"instruction": "Say hello.", "output": "Hello.", "generator": "g", "dataset": "d"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "eval.alpaca_eval.path=.*no such file"),
+        ([{"instruction": "Say hello."}], "row 1.*output"),
+        ([QUESTION, QUESTION], "rows 1 and 2 have the same instruction"),
+        ([], "no rows|empty|has no"),
+    ],
+)
+def test_wrong_questions_are_one_line_before_any_work(tmp_path: Path, rows: Any, said: str) -> None:
+    file = tmp_path / "reference.json"
+    if rows is not None:
+        file.write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match=said) as error:
+        run(tmp_path / "out", [f"eval.alpaca_eval.path={file}"])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_wrong_key_is_one_line(server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.trouble = lambda body, number: (401, {"error": {"message": f"bad key {SECRET}"}})
+    with pytest.raises(launch.Failed):
+        run(tmp_path, annotator(server))
+    shown = capsys.readouterr()
+    assert f"the key in the environment variable {KEY} (annotator.key) is refused" in shown.out + shown.err
+    assert SECRET not in shown.out + shown.err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
