@@ -87,6 +87,11 @@ def until(task: str) -> tuple[str, ...]:
     return found.pop()
 
 
+def datasets(task: str) -> list[str]:
+    """The hub's data sets that the task reads."""
+    return sorted({str(config["dataset_path"]) for config in _parts(task).values()})
+
+
 def _until(config: Mapping[str, Any]) -> tuple[str, ...]:
     """As TaskConfig has it: where nothing is said, few-shot examples' delimiter."""
     stops = (config.get("generation_kwargs") or {}).get("until", [config.get("fewshot_delimiter", "\n\n")])
@@ -178,7 +183,14 @@ def _leaves(name: str, index: Mapping[str, Any], above: Mapping[str, Any] = {}) 
 
 
 def _run(
-    task: str, model: Any, data: Data, shots: int | None, limit: int | None, chat: bool, **more: Any
+    task: str,
+    model: Any,
+    data: Data,
+    shots: int | None,
+    limit: int | None,
+    chat: bool,
+    revisions: Mapping[str, str] | None,
+    **more: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """lm-eval's results, and its tasks by name."""
     from lm_eval import simple_evaluate
@@ -191,6 +203,10 @@ def _run(
         {"task": name, **_local(name, config, data, shots, len(parts) > 1)}
         for name, config in parts.items()
         if data is not None
+    ] or [
+        {"task": name, "dataset_kwargs": {**(config.get("dataset_kwargs") or {}), "revision": revision}}
+        for name, config in parts.items()
+        if (revision := (revisions or {}).get(str(config["dataset_path"])))
     ]
     try:
         loaded = manager.load([{"group": f"{task} (local)", "task": local} if local else task])
@@ -280,7 +296,13 @@ def _counted(task: Any) -> Any:
 
 
 def questions(
-    task: str, *, data: Data = None, shots: int | None = None, limit: int | None = None, chat: bool = True
+    task: str,
+    *,
+    data: Data = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+    revisions: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Rows {"id", "prompt", "task", "doc", "shots", "version"} and "until", or "requests" and "chat" for likelihoods.
 
@@ -290,6 +312,7 @@ def questions(
         shots: examples that are shown; None: as many as the task has by itself.
         limit: the first so many documents, of a group: of each task.
         chat: laid out as for a chat template, in one user turn.
+        revisions: commits of the hub's data sets, by name.
 
     Raises:
         ValueError: no such task, or its data or examples are not there.
@@ -297,7 +320,7 @@ def questions(
     from evals.replay import Recorder
 
     recorder = Recorder(kind(task))
-    _, tasks = _run(task, recorder, data, shots, limit, chat, predict_only=True, log_samples=False)
+    _, tasks = _run(task, recorder, data, shots, limit, chat, revisions, predict_only=True, log_samples=False)
     rows = []
     for name, row in recorder.rows.items():
         part, _, number = name.rpartition("/")
@@ -321,6 +344,7 @@ def measure(
     shots: int | None = None,
     limit: int | None = None,
     chat: bool = True,
+    revisions: Mapping[str, str] | None = None,
 ) -> Measured:
     """Metrics by turn.
 
@@ -338,7 +362,7 @@ def measure(
     turns, values, dropped = [], [], {never_made: 0, unscored: 0}
     for turn, given in enumerate(_turns(questions, made), 1):
         model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, given)
-        results, tasks = _run(task, model, data, shots, limit, chat)
+        results, tasks = _run(task, model, data, shots, limit, chat, revisions)
         now = {f"{part}/{sample['doc_id']}" for part, samples in results["samples"].items() for sample in samples}
         if now != given.keys():
             raise ValueError(f"{task}: {len(given)} questions were asked, and it has {len(now)}; has limit changed?")
@@ -450,6 +474,7 @@ def results(
     shots: int | None = None,
     limit: int | None = None,
     chat: bool = True,
+    revisions: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a turn (its index) as lm-eval writes a run: FOLDER/NAME/results_*.json and samples_*.jsonl."""
     from lm_eval.loggers import EvaluationTracker
@@ -458,7 +483,7 @@ def results(
 
     model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, _turns(questions, made)[turn])
     tracker = EvaluationTracker(output_path=str(folder))
-    found, _ = _run(task, model, data, shots, limit, chat, evaluation_tracker=tracker, bootstrap_iters=1000)
+    found, _ = _run(task, model, data, shots, limit, chat, revisions, evaluation_tracker=tracker, bootstrap_iters=1000)
     for config in found["configs"].values():
         if files := (config.get("dataset_kwargs") or {}).get("data_files"):
             config["dataset_kwargs"] = {"data_files": {split: Path(path).name for split, path in files.items()}}

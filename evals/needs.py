@@ -22,12 +22,14 @@ class File:
 class Asked:
     """A benchmark's own questions: the files they come from, by the argument's name of its `questions`, and the rest.
 
-    `answered`: False for questions whose answers the model only weighs (multiple choice), and writes none.
+    `hub`: data sets that are read from the hub, where no file stands for them. `answered`: False for questions whose
+    answers the model only weighs (multiple choice), and writes none.
     """
 
     files: Mapping[str, File]
     settings: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    hub: tuple[str, ...] = ()
     answered: bool = True
 
 

@@ -34,7 +34,7 @@ class Task:
             refinement.chain(config.eval.turns),
             f"{said}, chain of {config.eval.turns} turns" if answered else said,
             own.temperature,
-            asked=Asked(files, settings, own.limit, answered),
+            asked=Asked(files, settings, own.limit, () if file else tuple(harness.datasets(self.name)), answered),
             files=files,
             max_new_tokens=tokens,
             until=harness.until(self.name) if answered else (),

@@ -10,13 +10,13 @@ Everything here is cheap: no model is loaded, nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import evals
-from evals.needs import Needs
+from evals.needs import Asked, Needs
 from evolve import sources
 from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
@@ -287,6 +287,8 @@ class _Builder:
             except ValueError as error:
                 ours = ", ".join(evals.BENCHMARKS)
                 raise ConfigError(f"eval.benchmarks: {error} (not of lm-eval are: {ours})") from None
+            if needs.asked and needs.asked.hub:
+                needs = self.pinned(name, needs.asked, needs)
             prompts = self.questions(name, needs) if needs.asked else self.held_out
             inputs: dict[str, Artefact] = {"questions": prompts} if needs.asked else {}
             protocol, judge = [needs.protocol], [self.scorer_name(scorer) for scorer in needs.scorers.values()]
@@ -319,6 +321,13 @@ class _Builder:
         return self.add(
             "questions", files, benchmark=name, limit=needs.asked.limit, settings=dict(needs.asked.settings)
         )
+
+    def pinned(self, name: str, asked: Asked, needs: Needs) -> Needs:
+        """The same with the commits of the hub's data sets."""
+        commits = {one: self.resolve.commit(one, f"eval.harness.data.{name}") for one in asked.hub}
+        told = {**needs.settings["settings"], "revisions": commits}
+        asked = replace(asked, settings={**asked.settings, "revisions": commits})
+        return replace(needs, asked=asked, settings={**needs.settings, "settings": told})
 
     def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage) -> Stage:
         """Answers against references, by the annotator."""

@@ -99,6 +99,13 @@ class Resolver:
                 self._seen[known] = Source("file", f"{owner}/{name}@{commit}/{inner}", f"{commit}/{inner}")
         return self._seen[known]
 
+    def commit(self, dataset: str, key: str) -> str:
+        """What a data set's main branch is now. Raises ConfigError; `key`: what would name a file instead."""
+        known = ("commit", dataset, None)
+        if known not in self._seen:
+            self._seen[known] = Source("data", dataset, self._commit("dataset", dataset, None, key))
+        return self._seen[known].digest
+
     def chat_template(self, path: str | None) -> str | None:
         """A Jinja file's text. Raises ConfigError."""
         if path is None:
