@@ -93,8 +93,12 @@ def measure(
         },
     }
     items = {
-        "direct": {"reward": _single(first), "accuracy": _single(first_right)},
-        "refined": {"reward": _single(last), "accuracy": _single(last_right)},
+        kind: {"reward": _single(rewards), "accuracy": _single(right)}
+        for kind, (rewards, right) in {
+            "direct": by_turn[0],
+            "refined": by_turn[-1],
+            **{f"turn {turn}": values for turn, values in enumerate(by_turn, 1)},
+        }.items()
     }
     return Measured(result | ({"made": made} if made else {}), dropped, items)
 

@@ -50,10 +50,11 @@ def rows(sweep: Sweep, benchmark: str, judge: str, metric: str, every_phase: boo
             sides[key] = ({k: [left[k]] for k in common}, {k: [right[k]] for k in common})
             unpaired[key] = len(left.keys() ^ right.keys())
     tested = statistics.differences(sides)
-    return [
+    made = [
         Row(*key, difference, unpaired[key], (found[key][0][0].id, found[key][1][0].id))
         for key, difference in tested.items()
     ]
+    return sorted(made, key=lambda row: list(dict.fromkeys(one.question for one in made)).index(row.question))
 
 
 Side = tuple[Measurement, str]  # and which of its answers

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from evolve.show import console as make_console
-from sweeps import collect, differences, figures, tables
+from sweeps import collect, differences, figures, pooled, tables
 
 
 def show(folder: Path) -> None:
@@ -16,7 +16,7 @@ def show(folder: Path) -> None:
     if not any(member.measurements for member in sweep.members):
         console.print("nothing has been measured yet, so there is no table")
         return
-    found = tables.shown(sweep) + differences.shown(sweep)
+    found = tables.shown(sweep) + pooled.shown(sweep) + differences.shown(sweep)
     for table in found:
         console.print(tables.rich_table(table))
     for line in tables.overlaps(sweep):

@@ -20,7 +20,7 @@ from evals import alpaca_annotations, arena_hard
 from evolve import config, launch
 from evolve.config import CONF, ConfigError
 from evolve.stages import Context, module, stage, write_rows
-from sweeps import collect, differences, tables
+from sweeps import collect, differences, pooled, tables
 
 SMALL = ["debug=fast", "loss=sft_only", "data.eval_prompts=8", "data.sft_pairs=16", "eval.turns=3"]
 JUDGED = ["eval.benchmarks=[alpaca_eval,arena_hard]", "eval.alpaca_eval.limit=12", "eval.arena_hard.limit=6"]
@@ -107,6 +107,21 @@ def test_members_are_compared_with_the_first(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert {line["benchmark"] for line in lines} == {"alpaca_eval", "arena_hard"}
     assert {line["phase"] for line in lines if line["question"] == "self-refinement"} == {"base", "sft"}
+
+
+def test_templates_and_seeds_are_pooled_by_prompt(tmp_path: Path) -> None:
+    seeds = [["eval.benchmarks=[refinement]", f"eval.seed={seed}"] for seed in (0, 1)]
+    made = run(tmp_path, *seeds, ["eval.benchmarks=[refinement]", "seed=5"])
+    sweep = collect.load(made.folder)
+    reward, accuracy = pooled.shown(sweep)
+    name = "embedded, 2 seeds"
+    assert [row[:2] for row in reward.rows[1:]] == [[name, "base"], [name, "sft"]]
+    first, second = (sweep.items(member.of("refinement")[0]) for member in sweep.members[:2])
+    values = [
+        fmean([first["turn 2"]["reward"][prompt], second["turn 2"]["reward"][prompt]])
+        for prompt in first["turn 2"]["reward"]
+    ]
+    assert reward.rows[1][3].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 5
 
 
 def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> None:
