@@ -236,7 +236,10 @@ def measure(
         games = [(row["id"], given.get(row["id"], {}).get(str(turn), [])) for row in questions]
         found = judged(games, version)
         if found["score"] is None:
-            raise ValueError(f"turn {turn}: no game has a verdict that counts")
+            raise ValueError(
+                f"turn {turn}: none of {found['unscored']} games has a verdict that counts; what the judge said stands in "
+                "the comparison's replies.jsonl"
+            )
         lengths = [len(row["answers"][turn - 1]["text"]) for row in answers if len(row["answers"]) >= turn]
         metrics.append({"turn": turn, **found, "characters": fmean(lengths) if lengths else None})
         by_turn.append(_sums(_parts(games, version)))

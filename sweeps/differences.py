@@ -9,7 +9,7 @@ Three questions, kept apart:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,27 +92,28 @@ def _values(sweep: Sweep, side: Side, metric: str) -> Values:
 
 
 def shown(sweep: Sweep) -> list[tables.Shown]:
-    """A table for each benchmark and judge, of its main metric, after the last phases."""
+    """A table for each benchmark, judge and metric, after the last phases."""
     found = []
     for benchmark in sweep.benchmarks:
         for judge in sweep.judges(benchmark):
-            by_metric = {title: rows(sweep, benchmark, judge, m) for m, title in evals.load(benchmark).METRICS.items()}
-            title, tested = next(((title, found) for title, found in by_metric.items() if found), ("", []))
-            if not tested:
-                continue
-            about = (
-                f"{'' if benchmark == 'refinement' else f'{benchmark}, '}differences of {title} after the last phase, "
-                "paired by prompt, ±: 95 % interval; p: t-test, corrected over the table (Holm); detectable: the "
-                "smallest difference that four of five such tests would see"
-            )
-            if left_out := sum(row.unpaired for row in tested):
-                about += f"; {left_out} prompts left out that one side has no score for"
-            cells = [
-                [row.question, row.member, tables.number(asdict(row.difference)), _p(row.difference), _seen(row)]
-                for row in tested
-            ]
-            found.append(tables.Shown(about, [["question", "member", "difference", "p", "detectable"], *cells]))
+            for metric, title in evals.load(benchmark).METRICS.items():
+                if tested := rows(sweep, benchmark, judge, metric):
+                    found.append(_table(f"{'' if benchmark == 'refinement' else f'{benchmark}, '}{title}", tested))
     return found
+
+
+def _table(what: str, tested: Sequence[Row]) -> tables.Shown:
+    about = (
+        f"differences of {what} after the last phase, paired by prompt, ±: 95 % interval; p: t-test, corrected over the "
+        "table (Holm); detectable: the smallest difference that four of five such tests would see"
+    )
+    if left_out := sum(row.unpaired for row in tested):
+        about += f"; {left_out} prompts left out that one side has no score for"
+    cells = [
+        [row.question, row.member, tables.number(asdict(row.difference)), _p(row.difference), _seen(row)]
+        for row in tested
+    ]
+    return tables.Shown(about, [["question", "member", "difference", "p", "detectable"], *cells])
 
 
 def _p(difference: statistics.Difference) -> str:
