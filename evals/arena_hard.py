@@ -258,8 +258,9 @@ def measure(
         "games without a verdict that counts": sum(turn["unscored"] for turn in metrics),
         "prompts without a game that counts": sum(turn["unplayed"] for turn in metrics),
     }
+    # A prompt's own share would not do: paired, much better would count no more than better, unlike in the score.
     items = {
-        kind: {"score": {question: 100 * won / rows for question, (won, rows) in side.items()}}
+        kind: {"score": {question: 100 * value for question, value in statistics.by_prompt(side).items()}}
         for kind, side in (("direct", first), ("refined", last))
     }
     return Measured(result, dropped, items)

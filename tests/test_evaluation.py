@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -107,6 +108,27 @@ def test_members_are_compared_with_the_first(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert {line["benchmark"] for line in lines} == {"alpaca_eval", "arena_hard"}
     assert {line["phase"] for line in lines if line["question"] == "self-refinement"} == {"base", "sft"}
+
+
+def test_a_missing_end_is_not_taken_for_another(sweep: collect.Sweep) -> None:
+    """Without the base's numbers nothing has improved on it; without the last phase's, no member is compared by them."""
+    first, judge = sweep.members[0], sweep.judges("alpaca_eval")[0]
+    second = replace(first, name="second", measurements=[replace(one, id=f"{one.id}'") for one in first.measurements])
+    for one, copied in zip(first.measurements, second.measurements, strict=True):
+        sweep._items[copied.id] = sweep.items(one)
+
+    def asked(*members: collect.MemberResult) -> list[str]:
+        made = replace(sweep, members=list(members))
+        return [row.question for row in differences.rows(made, "alpaca_eval", judge, "win_rate")]
+
+    def without(member: collect.MemberResult, phase: str) -> collect.MemberResult:
+        return replace(member, measurements=[one for one in member.measurements if one.phase != phase])
+
+    each = ["self-refinement", "self-improvement"]
+    assert asked(first, second) == [*each, *each, f"against {first.name}"]
+    assert asked(without(first, "base")) == each[:1]
+    assert asked(without(first, "sft"), second) == [*each[:1], *each]
+    assert asked(first, without(second, "sft")) == [*each, *each[:1]]
 
 
 def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> None:
