@@ -237,8 +237,8 @@ def measure(
         found = judged(games, version)
         if found["score"] is None:
             raise ValueError(
-                f"turn {turn}: none of {found['unscored']} games has a verdict that counts; what the judge said stands in "
-                "the comparison's replies.jsonl"
+                f"turn {turn}: none of {found['unscored']} games has a verdict that counts; what the judge said "
+                "stands in the comparison's replies.jsonl"
             )
         lengths = [len(row["answers"][turn - 1]["text"]) for row in answers if len(row["answers"]) >= turn]
         metrics.append({"turn": turn, **found, "characters": fmean(lengths) if lengths else None})
@@ -261,8 +261,9 @@ def measure(
         "games without a verdict that counts": sum(turn["unscored"] for turn in metrics),
         "prompts without a game that counts": sum(turn["unplayed"] for turn in metrics),
     }
+    # A prompt's own share would not do: paired, much better would count no more than better, unlike in the score.
     items = {
-        kind: {"score": {question: 100 * won / rows for question, (won, rows) in side.items()}}
+        kind: {"score": {question: 100 * value for question, value in statistics.by_prompt(side).items()}}
         for kind, side in (("direct", first), ("refined", last))
     }
     return Measured(result, dropped, items)

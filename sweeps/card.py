@@ -42,7 +42,7 @@ class Source:
         return cls(path.removesuffix(f"@{digest}") if hub else name, digest, hub, path)
 
     def __str__(self) -> str:
-        return f"{self.name} `{self.digest}`"
+        return f"{self.name} `{self.digest}`" if self.digest else self.name
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,21 @@ def _of(store: Store, evaluate: str, stage_id: str) -> Evaluation | None:
     """An evaluation, if it is of this model."""
     try:
         record = _read(store, evaluate)
-        answers = _read(store, record["inputs"]["answers"])
+        asked = record["inputs"]
+        made = _read(store, asked["answers"] if "answers" in asked else asked["likelihoods"])
     except Corrupt:  # nothing says that it is this model's
         return None
-    if answers["inputs"]["model"] != stage_id:
+    if made["inputs"]["model"] != stage_id:
         return None
     store.verify(evaluate)
     metrics = json.loads((store.folder(evaluate) / "metrics.json").read_text())
-    metrics["protocol"] = re.sub(r"(?<!\S)[~/]\S*/", "", metrics["protocol"])  # a local reward model's folder
-    prompts = _read(store, answers["inputs"]["prompts"])
+    for key in metrics.keys() & {"protocol", "judge"}:  # a local reward model's folder
+        metrics[key] = re.sub(r"(?<!\S)[~/]\S*/", "", metrics[key])
+    prompts = _read(store, made["inputs"]["prompts" if "prompts" in made["inputs"] else "questions"])
+    if prompts["id"].startswith("questions/"):
+        found = [Source.of(prompts, key) for key in prompts["sources"]]
+        own = Source(metrics["benchmark"], "", False, "")  # lm-eval finds its data by itself
+        return Evaluation(record, metrics, next(iter(found), own), "its own questions")
     data = Source.of(prompts, "eval" if "eval" in prompts["sources"] else "data")
     split = prompts["config"]["eval_split"] or prompts["config"]["split"] if data.hub else "held out"
     return Evaluation(record, metrics, data, split)
@@ -147,7 +153,7 @@ def readme(model: Model, name: str) -> str:
             task_type="text-generation",
             dataset_type=one.data.name,
             dataset_name=one.data.name,
-            dataset_revision=one.data.digest,
+            dataset_revision=one.data.digest or None,
             dataset_split=one.split,
             metric_type=metric,
             metric_name=f"{evals.load(one.metrics['benchmark']).METRICS[metric]}, {kind}",

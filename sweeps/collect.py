@@ -54,6 +54,11 @@ class MemberResult:
     missing: list[tuple[str, str]]
     generated: dict[str, int]
 
+    def phases(self, benchmark: str) -> list[str]:
+        """Those after which a benchmark is measured, whether it has been or not."""
+        asked = [step for step in self.steps if step["kind"] == "evaluate"]
+        return [step["phase"] for step in asked if step.get("benchmark", "refinement") == benchmark]
+
     def of(self, benchmark: str, judge: str | None = None) -> list[Measurement]:
         """One benchmark's measurements, by phase; those by one judge, where one is named."""
         found = [measurement for measurement in self.measurements if measurement.benchmark == benchmark]

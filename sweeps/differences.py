@@ -68,17 +68,19 @@ def _comparisons(
         measured = member.of(benchmark, judge)
         if not measured:
             continue
-        base, shown = measured[0], measured if every_phase else measured[-1:]
+        phases = member.phases(benchmark)
+        base = measured[0] if measured[0].phase == phases[0] else None  # None: it failed, or has not run yet
+        shown = measured if every_phase else measured[-1:]
         for made in shown:
             kinds = list(made.headline)
             refined = next((kind for kind in evals.load(benchmark).OBJECTIVE if kind in kinds), kinds[-1])
             if refined != kinds[0]:
                 yield ("self-refinement", member.name, made.phase), (made, refined), (made, kinds[0])
-            if made.id != base.id:
+            if base is not None and made.id != base.id:
                 yield ("self-improvement", member.name, made.phase), (made, kinds[0]), (base, kinds[0])
-            if first is not None and made is measured[-1]:
+            if first is not None and made.phase == phases[-1]:
                 other = first.of(benchmark, judge)[-1]
-                if other.id != made.id:
+                if other.id != made.id and other.phase == first.phases(benchmark)[-1]:
                     yield (f"against {first.name}", member.name, made.phase), (made, refined), (other, refined)
         first = first or member
 
@@ -104,8 +106,8 @@ def shown(sweep: Sweep) -> list[tables.Shown]:
 
 def _table(what: str, tested: Sequence[Row]) -> tables.Shown:
     about = (
-        f"differences of {what} after the last phase, paired by prompt, ±: 95 % interval; p: t-test, corrected over the "
-        "table (Holm); detectable: the smallest difference that four of five such tests would see"
+        f"differences of {what} after the last phase, paired by prompt, ±: 95 % interval; p: t-test, corrected over "
+        "the table (Holm); detectable: the smallest difference that four of five such tests would see"
     )
     if left_out := sum(row.unpaired for row in tested):
         about += f"; {left_out} prompts left out that one side has no score for"

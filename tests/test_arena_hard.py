@@ -336,10 +336,11 @@ def test_measure_by_turn():
     assert [(turn["turn"], turn["unscored"], turn["characters"]) for turn in metrics["turns"]] == [(1, 1, 6), (2, 0, 7)]
     assert [turn["score"]["value"] for turn in metrics["turns"]] == pytest.approx([100 * 0.5 / 5, 75.0])
     assert metrics["gain"]["score"]["value"] == pytest.approx(65.0)
-    assert items == {
-        "direct": {"score": {"p0": 0.0, "p1": 50.0}},
-        "refined": {"score": {"p0": 50.0, "p1": 100.0}},
-    }
+    # Their means are the scores, so what is paired by prompt is the gain: p0's four rows weigh more than p1's one.
+    assert items["direct"]["score"] == pytest.approx({"p0": -6.0, "p1": 26.0})
+    assert items["refined"]["score"] == pytest.approx({"p0": 50.0, "p1": 100.0})
+    sides = [{key: [value] for key, value in items[kind]["score"].items()} for kind in ("refined", "direct")]
+    assert statistics.differences({"gain": (sides[0], sides[1])})["gain"].value == pytest.approx(65.0)
     assert dropped == {"games without a verdict that counts": 1, "prompts without a game that counts": 0}
     assert list(arena_hard.headline(metrics)) == ["direct", "refined", "gain"]
     assert arena_hard.summary(metrics).startswith("Arena-Hard v0.1 direct 10.0, refined 75.0; gain +65.0 [")

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +21,7 @@ from evals import alpaca_annotations, arena_hard
 from evolve import config, launch
 from evolve.config import CONF, ConfigError
 from evolve.stages import Context, module, stage, write_rows
-from sweeps import collect, differences, pooled, tables
+from sweeps import card, collect, differences, pooled, tables
 
 SMALL = ["debug=fast", "loss=sft_only", "data.eval_prompts=8", "data.sft_pairs=16", "eval.turns=3"]
 JUDGED = ["eval.benchmarks=[alpaca_eval,arena_hard]", "eval.alpaca_eval.limit=12", "eval.arena_hard.limit=6"]
@@ -122,6 +123,38 @@ def test_templates_and_seeds_are_pooled_by_prompt(tmp_path: Path) -> None:
         for prompt in first["turn 2"]["reward"]
     ]
     assert reward.rows[1][3].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 5
+
+
+def test_a_missing_end_is_not_taken_for_another(sweep: collect.Sweep) -> None:
+    """Without the base nothing has improved on it; without a last phase no member is compared by it."""
+    first, judge = sweep.members[0], sweep.judges("alpaca_eval")[0]
+    second = replace(first, name="second", measurements=[replace(one, id=f"{one.id}'") for one in first.measurements])
+    for one, copied in zip(first.measurements, second.measurements, strict=True):
+        sweep._items[copied.id] = sweep.items(one)
+
+    def asked(*members: collect.MemberResult) -> list[str]:
+        made = replace(sweep, members=list(members))
+        return [row.question for row in differences.rows(made, "alpaca_eval", judge, "win_rate")]
+
+    def without(member: collect.MemberResult, phase: str) -> collect.MemberResult:
+        return replace(member, measurements=[one for one in member.measurements if one.phase != phase])
+
+    each = ["self-refinement", "self-improvement"]
+    assert asked(first, second) == [*each, *each, f"against {first.name}"]
+    assert asked(without(first, "base")) == each[:1]
+    assert asked(without(first, "sft"), second) == [*each[:1], *each]
+    assert asked(first, without(second, "sft")) == [*each, *each[:1]]
+
+
+def test_a_card_has_every_benchmark(sweep: collect.Sweep) -> None:
+    """And of who judged no folder of this machine."""
+    [trained] = {step["id"] for member in sweep.members for step in member.steps if step["kind"] == "activate"}
+    model = card.load(sweep.store, trained)
+    text = card.readme(model, "a-model")
+    assert text.count("Benchmark alpaca_eval: ") == text.count("Benchmark arena_hard: ") == 2
+    assert "prompts of embedded `embedded-1`, its own questions" in text
+    judges = {one.metrics["judge"] for one in model.evaluations}
+    assert judges == {"a stand-in, ledger", "a stand-in, trained reward model"}
 
 
 def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ def test_nothing_of_the_machine(out: Path, ids: dict[str, str], made: Path, monk
         rewrite(out, stage_id, lambda record: record.update(host="node-of-mine-17", device="node-of-mine-17:0"))
     metrics = out / "store" / ids["evaluate"] / "metrics.json"
     content = json.loads(metrics.read_text())
-    content["protocol"] = content["protocol"].replace("ledger", "/srv/node-of-mine-17/judges/strict")
+    for key in ("protocol", "judge"):
+        content[key] = content[key].replace("ledger", "/srv/node-of-mine-17/judges/strict")
     metrics.write_text(json.dumps(content))
     rewrite(out, ids["evaluate"], lambda record: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

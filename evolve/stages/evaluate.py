@@ -14,7 +14,7 @@ from evolve.config import RUNTIME, Section, Strategy
 from evolve.stages import Context, read_rows
 from evolve.store import Report
 
-VERSION = 2
+VERSION = 3
 # Inputs by the file that `measure` gets the rows of; any other is a file itself.
 ROWS = {"questions": "rows.jsonl"} | {use: f"{use}.jsonl" for use in ("answers", "likelihoods", "verdicts")}
 ROWS |= dict.fromkeys(("scores", "select"), "scores.jsonl")
