@@ -56,14 +56,17 @@ def needs(config: Config) -> Needs:
     said = protocol(own.evaluator, weighted) if isinstance(judge, Endpoint) else "AlpacaEval 2"
     fit = {"difficulty": own.difficulty, "gamed": own.gamed} if own.length_control else {}
     here = "eval.alpaca_eval"
+    tokens = own.max_new_tokens or config.data.max_response_tokens
+    some = f", {own.limit} instructions" if own.limit else ""
     return Needs(
         refinement.chain(turns),
-        f"{said}, chain of {turns} turns",
+        f"{said}, against {own.path}{some}, chain of {turns} turns, at most {tokens} tokens",
         own.temperature,
+        said,
         asked=Asked({"path": File(f"{here}.path", own.path, own.revision)}, limit=own.limit),
         versus={"evaluator": own.evaluator, "logprobs": weighted},
         files={use: File(f"{here}.{use}", path, own.revision) for use, path in fit.items() if path},
-        max_new_tokens=own.max_new_tokens,
+        max_new_tokens=tokens,
         settings={"settings": {"length_controlled": own.length_control}},
     )
 

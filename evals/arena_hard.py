@@ -68,15 +68,19 @@ def needs(config: Config) -> Needs:
         "path": File(f"{here}.path", own.path, own.revision),
         "baseline_path": File(f"{here}.baseline", own.baseline, own.revision),
     }
+    said = f"Arena-Hard {own.version}{judged}"
+    tokens = own.max_new_tokens or config.data.max_response_tokens
+    some = f", {own.limit} questions" if own.limit else ""
     return Needs(
         refinement.chain(turns),
-        f"Arena-Hard {own.version}{judged}, chain of {turns} turns",
+        f"{said}, against {own.baseline}{some}, chain of {turns} turns, at most {tokens} tokens",
         own.temperature,
+        said,
         asked=Asked(files, limit=own.limit),
         versus={"template": template},
         reading={"version": own.version},
-        max_new_tokens=own.max_new_tokens,
-        settings={"settings": {"version": own.version}},
+        max_new_tokens=tokens,
+        settings={"settings": {"version": own.version, "template": template}},
     )
 
 
@@ -215,6 +219,7 @@ def measure(
     protocol: str,
     *,
     version: str = "v0.1",
+    template: str | None = None,
 ) -> Measured:
     """The score of each turn that was judged, and the gain of the last over the first.
 
@@ -222,6 +227,7 @@ def measure(
         questions: rows of `questions`.
         answers: rows of answers.jsonl (id, answers).
         verdicts: rows (id, verdicts: {turn: labels in the order of `asks`, None where there is none}).
+        template: what the judge was asked with; `records` shows it.
         protocol: judge, prompt_hash, baseline, temperature ...: what a number must be quoted with.
 
     Raises:
@@ -332,6 +338,7 @@ def records(
     replies: Replies,
     judge: str,
     version: str = "v0.1",
+    template: str | None = None,
 ) -> None:
     """Writes judgments_turn_N.jsonl of each judged turn, in upstream's form. Games of a stand-in have no text."""
     texts = {
@@ -339,10 +346,9 @@ def records(
         for prompt, turns in replies.items()
     }
     said = [{**row, "replies": texts.get(row["id"], {})} for row in verdicts]
+    how: dict[str, Any] = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
-        rows = judgments(
-            questions, answers, said, turn=turn, model=f"turn {turn}", judge=judge, baseline="baseline", version=version
-        )
+        rows = judgments(questions, answers, said, turn=turn, model=f"turn {turn}", **how)
         with (out / f"judgments_turn_{turn}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

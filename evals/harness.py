@@ -19,6 +19,8 @@ import difflib
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -29,6 +31,7 @@ from typing import Any
 
 from evals import statistics
 from evals.needs import Measured
+from evolve.store import digest, hash_file
 
 TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
 OBJECTIVE = ("refined", "direct")
@@ -85,6 +88,40 @@ def until(task: str) -> tuple[str, ...]:
     if len(found) > 1:
         raise ValueError(f"{task}: its tasks stop at different strings; take them by themselves")
     return found.pop()
+
+
+def definition(task: str) -> str:
+    """A hash of what the task is: lm-eval's version, its config, and the code of the tasks here."""
+    code = {file.name: hash_file(file) for file in sorted(TASKS.iterdir()) if file.is_file()}
+    return digest([version("lm_eval"), json.loads(json.dumps(_parts(task), default=str)), code])[:16]
+
+
+def splits(task: str) -> tuple[str, str | None]:
+    """The split that is asked, and the one that examples are taken from."""
+    return _splits(next(iter(_parts(task).values())))
+
+
+def _splits(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    tested = str(config.get("test_split") or config.get("validation_split"))
+    examples = config.get("fewshot_config") or {}
+    found = [examples.get("split"), *map(config.get, ("fewshot_split", "training_split", "validation_split"))]
+    return tested, next((split for split in found if split), None)
+
+
+def examples(task: str, data: Path, shots: int | None) -> Path | None:
+    """The file beside a task's own that examples are taken from; None: none are, or the task has them in itself.
+
+    Raises ValueError where they are asked for and not there.
+    """
+    config = next(iter(_parts(task).values()))
+    tested, shown = splits(task)
+    own = (config.get("fewshot_config") or {}).get("samples")
+    if not data.is_file() or not _shots(config, shots) or own or shown in (None, tested):
+        return None
+    try:
+        return _file(data.parent, str(shown))
+    except ValueError as error:
+        raise ValueError(f"{task}: shows {_shots(config, shots)} examples; {error}; set eval.harness.shots=0") from None
 
 
 def datasets(task: str) -> list[str]:
@@ -234,10 +271,8 @@ def _local(name: str, config: Mapping[str, Any], data: Data, shots: int | None, 
 
     Raises ValueError where a file is missing.
     """
-    tested = str(config.get("test_split") or config.get("validation_split"))
+    tested, shown = _splits(config)
     examples = config.get("fewshot_config") or {}
-    splits = [examples.get("split"), *map(config.get, ("fewshot_split", "training_split", "validation_split"))]
-    shown = next((split for split in splits if split), None)
     files: dict[str | None, Path] = {}
     if isinstance(data, Mapping):
         files = {split: Path(path) for split, path in data.items()}
@@ -304,7 +339,9 @@ def questions(
     chat: bool = True,
     revisions: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows {"id", "prompt", "task", "doc", "shots", "version"} and "until", or "requests" and "chat" for likelihoods.
+    """Rows {"id", "prompt", "text", "task", "doc", "shots", "version"} and "until", or "requests" and "chat".
+
+    text: what this document's prompt has to itself, without examples and instructions: what contamination is about.
 
     Args:
         data: a file (JSONL, .gz too) instead of the hub's data; examples are then in one beside it that is named like
@@ -321,10 +358,12 @@ def questions(
 
     recorder = Recorder(kind(task))
     _, tasks = _run(task, recorder, data, shots, limit, chat, revisions, predict_only=True, log_samples=False)
+    texts = {part: _own(one) for part, one in tasks.items()}
     rows = []
     for name, row in recorder.rows.items():
         part, _, number = name.rpartition("/")
         about = {
+            "text": texts[part][int(number)],
             "task": part,
             "doc": int(number),
             "shots": tasks[part].config.num_fewshot,
@@ -332,6 +371,20 @@ def questions(
         }
         rows.append({"id": name, **row, **about})
     return rows
+
+
+def _own(task: Any) -> list[str]:
+    """Each document's prompt without what all of them begin and end with, to the nearest space."""
+    texts = [str(task.doc_to_text(doc)) for doc in task.eval_docs]
+    if len(set(texts)) < 2:
+        return texts
+    head = _shared(texts)
+    tail = _shared([text[len(head) :][::-1] for text in texts])
+    return [text[len(head) : len(text) - len(tail)] for text in texts]
+
+
+def _shared(texts: Sequence[str]) -> str:
+    return re.sub(r"\S*\Z", "", os.path.commonprefix(list(texts)))  # noqa: RUF071 - characters are meant
 
 
 def measure(

@@ -52,13 +52,13 @@ class _Later(Exception):
 
 
 def _identity(endpoint: Endpoint, cache: Path, folder: Path | None, *, plan: bool = False) -> str:
-    """Which model it is that is asked: by the server's name for it, and its weights where they are here."""
+    """Which model it is that is asked: by the server's name for it; of one that is started, its weights and how."""
     if endpoint.serve is None:
         return endpoint.model
     from evolve.sources import Resolver
 
     weights = Resolver(cache / "digests", unpinned=plan).model(str(folder), None, "the judge's model")
-    return f"{endpoint.model}@{weights.digest}"
+    return f"{endpoint.model}@{weights.digest}@{digest(endpoint.serve)[:16]}"
 
 
 def _request(model: str, ask: Ask, attempt: int) -> dict[str, Any]:
@@ -235,16 +235,19 @@ class Judge:
             found = self.cache.get(key)
             if found is None:
                 client = self._server()
-                asked += 1
+                patience = self.endpoint.timeout * (self.endpoint.retries + 1)
                 try:
-                    found = client.again(lambda: self._pay(key, request, ask, attempt))  # noqa: B023
+                    with self.cache.asking(key, self._stop, patience) as found:
+                        if found is None:
+                            asked += 1
+                            found = client.again(lambda: self._pay(key, request, ask, attempt))  # noqa: B023
+                            paid += found.dollars
                 except FAILURES as error:
                     if refuses(error):
                         self._refused.append(f"{client.where}: refuses all requests: {client.words(error)}")
                         return verdict(None, "too long for the judge" if no_room(error) else "refused by the server")
                     explained = client.explained(error)
                     raise (_Later(str(explained)) if passes(error) else explained) from None
-                paid += found.dollars
             self._answered += 1
             had.append(found)
             value = read(ask, found.reply)

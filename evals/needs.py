@@ -39,6 +39,7 @@ class Needs:
 
     scorers: by the argument's name of `measure`, for benchmarks whose answers are scored one by one.
     asked: None for a benchmark that is asked of the data's held-out prompts.
+    judging: what verdicts depend on beside the judge, in words: numbers that differ in it stand in different tables.
     versus: for answers that a judge compares with references: the settings of the benchmark's `asks`; and reading: of
     its `read`.
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
@@ -48,6 +49,7 @@ class Needs:
     strategy: Strategy
     protocol: str
     temperature: float
+    judging: str = ""
     scorers: Mapping[str, str] = field(default_factory=dict)
     asked: Asked | None = None
     versus: Mapping[str, Any] | None = None

@@ -4,24 +4,26 @@ A reply is kept under the hash of what was asked (model, messages, fields, which
 before it is used, so that no answer is paid twice, whichever sweep asked first and however it ended.
 
     <cache>/3f/3fa8...json          one reply: the request, what was said, tokens, dollars, a checksum
+    <cache>/3f/3fa8...asking        a process asks for it now, so that no other does
     <cache>/ledger/<model>/*.json   what each process has spent on a model, and has reserved for requests under way
 
 Cost. Before a request is sent, the most that it may cost (its bytes as tokens, and max_tokens) is reserved in the
 process's own file; then all processes' files are added up. So of two that reserve at once, one at least sees both, and
 the cap is not passed. A try that was cut off without an answer may have been charged, and counts as the most it may
 have cost; so does what a dead process had reserved, unless the reply that it paid for is in the cache.
-Relies on: rename(2) being atomic, and a file that is opened after it showing the new content.
+Relies on: rename(2) being atomic, a file that is opened after it showing the new content, and exclusive creation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,34 @@ class Cache:
             pass
         print(f"{self.path(key)}: not what was written; asked again", flush=True)
         return None
+
+    @contextlib.contextmanager
+    def asking(self, key: str, stop: threading.Event, patience: float) -> Iterator[Paid | None]:
+        """The right to ask for a reply, or the reply that another process has got while it had the right.
+
+        patience: seconds after which the right of another machine's process is taken for a dead one's. Raises Stopped.
+        """
+        claim = self.path(key).with_suffix(".asking")
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        since = time.monotonic()
+        while True:
+            with contextlib.suppress(FileExistsError), claim.open("x") as file:
+                json.dump(this_process(), file)
+                break
+            if (found := self.get(key)) is not None:
+                yield found
+                return
+            if stop.is_set():
+                raise Stopped
+            with contextlib.suppress(FileNotFoundError, ValueError):  # it is given back, or being written
+                if ended(json.loads(claim.read_bytes())) or time.monotonic() - since > patience:
+                    claim.unlink()
+                    continue
+            stop.wait(0.1)
+        try:
+            yield self.get(key)
+        finally:
+            claim.unlink(missing_ok=True)
 
     def put(self, key: str, request: Mapping[str, Any], paid: Paid) -> None:
         entry = {"request": request, **asdict(paid)}

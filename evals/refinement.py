@@ -35,7 +35,8 @@ def needs(config: Config) -> Needs:
     until = f" at most, until {STOPS[stop]}" if stop else ""
     settings = {"strategy": strategy} if stop else {}
     scorers = {"scores": config.eval_scorer}
-    return Needs(strategy, f"chain of {turns} turns{until}", config.eval.temperature, scorers, settings=settings)
+    said = f"chain of {turns} turns{until}"
+    return Needs(strategy, said, config.eval.temperature, scorers=scorers, settings=settings)
 
 
 def measure(

@@ -10,7 +10,7 @@ from typing import Any
 from evals import harness, refinement
 from evals.harness import EXPLAIN, METRICS, OBJECTIVE
 from evals.needs import Asked, File, Measured, Needs
-from evolve.config import Config
+from evolve.config import Config, find
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,44 @@ class Task:
     def needs(self, config: Config) -> Needs:
         own, file = config.eval.harness, config.eval.harness.data.get(self.name)
         answered = harness.kind(self.name) == "generate"
+        server = config.engine.name == "openai" and config.engine.url
+        if not answered and server:
+            raise ValueError(
+                f"{self.name}: weighs choices, which the server at engine.url isn't asked for; take engine=hf"
+            )
         settings: dict[str, Any] = {"shots": own.shots, "chat": own.chat}
         tokens = own.max_new_tokens or config.data.max_response_tokens
         files = {"data": File(f"eval.harness.data.{self.name}", file)} if file else {}
+        if file and (found := find(file)) and (beside := harness.examples(self.name, found, own.shots)):
+            files["examples"] = File(f"eval.harness.data.{self.name}", str(beside))
         said = harness.protocol(self.name, data=file, tokens=tokens, limit=own.limit, **settings)
+        definition = harness.definition(self.name)
         return Needs(
             refinement.chain(config.eval.turns),
             f"{said}, chain of {config.eval.turns} turns" if answered else said,
             own.temperature,
-            asked=Asked(files, settings, own.limit, () if file else tuple(harness.datasets(self.name)), answered),
+            asked=Asked(
+                files,
+                {**settings, "definition": definition},
+                own.limit,
+                () if file else tuple(harness.datasets(self.name)),
+                answered,
+            ),
             files=files,
             max_new_tokens=tokens,
             until=harness.until(self.name) if answered else (),
-            settings={"settings": {**settings, "limit": own.limit}},
+            settings={"settings": {**settings, "limit": own.limit, "definition": definition}},
         )
 
-    def questions(self, **settings: Any) -> list[dict[str, Any]]:
-        return harness.questions(self.name, **settings)
+    def _data(self, data: str | None, examples: str | None) -> harness.Data:
+        tested, shown = harness.splits(self.name)
+        return {tested: data, str(shown): examples} if data and examples else data
+
+    def questions(
+        self, data: str | None = None, examples: str | None = None, definition: str = "", **settings: Any
+    ) -> list[dict[str, Any]]:
+        """`definition`: of the task, which is part of the questions' identity."""
+        return harness.questions(self.name, data=self._data(data, examples), **settings)
 
     def measure(
         self,
@@ -51,9 +72,12 @@ class Task:
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
         data: str | None = None,
+        examples: str | None = None,
+        definition: str = "",
         **settings: Any,
     ) -> Measured:
-        made = harness.measure(questions, answers or likelihoods, protocol, self.name, data=data, **settings)
+        files, given = self._data(data, examples), answers or likelihoods
+        made = harness.measure(questions, given, protocol, self.name, data=files, **settings)
         return made._replace(metrics={**made.metrics, "benchmark": self.name})
 
     def records(
@@ -63,13 +87,20 @@ class Task:
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
         data: str | None = None,
+        examples: str | None = None,
+        definition: str = "",
         **settings: Any,
     ) -> None:
         """Writes lm_eval/turn_N/: results and samples of each turn as lm-eval writes them."""
         made = answers or likelihoods
         turns = max((len(row["answers"]) for row in answers), default=1)
         for turn in range(turns):
-            where: dict[str, Any] = {"folder": out / "lm_eval", "name": f"turn_{turn + 1}", "turn": turn, "data": data}
+            where: dict[str, Any] = {
+                "folder": out / "lm_eval",
+                "name": f"turn_{turn + 1}",
+                "turn": turn,
+                "data": self._data(data, examples),
+            }
             harness.results(questions, made, self.name, **where, **settings)
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -41,7 +41,7 @@ def needs(config: Config) -> Needs:
         strategy,
         shape if strategy.chains > 1 else f"{strategy.answers} answers ({strategy.name})",
         config.eval.temperature,
-        {"scores": config.eval_scorer, "select": config.eval.select},
+        scorers={"scores": config.eval_scorer, "select": config.eval.select},
         settings={"strategy": strategy, "verifier": config.data.verifier},
     )
 

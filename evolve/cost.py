@@ -33,7 +33,7 @@ class Judging:
         unknown = f"; {self.open} more are unknown until their questions are downloaded" if self.open else ""
         return (
             f"{self.judge}: up to {self.requests:,} verdicts for {self.comparisons} new comparisons, "
-            f"at most some {self.tokens:,} tokens{price}{cap}{unknown}"
+            f"about {self.tokens:,} tokens{price}{cap}{unknown}"
         )
 
 

@@ -303,7 +303,7 @@ class _Builder:
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
             if needs.versus is not None:
                 inputs["verdicts"] = self.compare(name, needs, prompts, answers)
-                judge = [self.annotator_name]
+                judge = [self.annotator_name, *([needs.judging] if needs.judging else [])]
                 protocol += [f"judged by {self.annotator_name}"]
             inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}
             said = {"protocol": ", ".join(protocol), "judge": ", ".join(judge)}
@@ -349,8 +349,10 @@ class _Builder:
     @property
     def annotator_name(self) -> str:
         """To quote numbers with: a judge by its name, a scorer in its place as what it is."""
-        if isinstance(self.config.annotator, Endpoint):
-            return self.config.annotator.name
+        if isinstance(judge := self.config.annotator, Endpoint):
+            weights = self.resolve.model(judge.path, judge.revision, "annotator.path").digest[:8] if judge.path else ""
+            model = " ".join(part for part in (judge.model, weights) if part)
+            return judge.name if judge.name == model else f"{judge.name} ({model})"
         return f"a stand-in, {self.scorer_name(self.config.annotating_scorer)}"
 
     def scorer_name(self, scorer: str) -> str:

@@ -82,7 +82,7 @@ class Resolver:
         return self._seen[known]
 
     def file(self, file: File) -> Source:
-        """One file: a local one, owner/name/file of a data set on the hub, or 'embedded'. Raises ConfigError."""
+        """A local file or folder, owner/name/file of a data set on the hub, or 'embedded'. Raises ConfigError."""
         known = ("file", file.path, file.revision)
         if known not in self._seen:
             local = find(file.path)
@@ -90,8 +90,8 @@ class Resolver:
             name, _, inner = rest.partition("/")
             if file.path == "embedded":
                 self._seen[known] = Source("data", file.path, f"embedded-{EMBEDDED_VERSION}")
-            elif local is not None and local.is_file():
-                self._seen[known] = Source("file", str(local), self._hash(local))
+            elif local is not None:
+                self._seen[known] = Source("file", str(local), self._content(local))
             elif not inner or file.path.startswith((".", "/", "~")):
                 raise ConfigError(f"{file.key}={file.path}: no such file")
             else:
@@ -174,6 +174,14 @@ class Resolver:
             self._usable_rows[known] = len(rows), sum(map(has_pair, rows))
         return self._usable_rows[known]
 
+    def _content(self, path: Path) -> str:
+        """Of a file, or of a folder's files with their names."""
+        if path.is_file():
+            return self._hash(path)
+        return digest(
+            {str(file.relative_to(path)): self._hash(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        )
+
     def _hash(self, file: Path) -> str:
         stat = file.stat()
         if self.cache is None or stat.st_size < 2**20:
@@ -240,7 +248,7 @@ def fetch(source: Source, cache: Path) -> Path:
         if source.kind == "model":
             now = resolver.model(source.path, None, "model.path").digest
         else:
-            now = resolver._hash(local)
+            now = resolver._content(local)
         if now != source.digest:
             raise RuntimeError(f"{source.path} has changed since this sweep was started; start it again")
         return local

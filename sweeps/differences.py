@@ -42,17 +42,20 @@ def rows(sweep: Sweep, benchmark: str, judge: str, metric: str, every_phase: boo
         for key, after, before in _comparisons(sweep, benchmark, judge, every_phase)
         if metric in _kinds(sweep, after) and metric in _kinds(sweep, before)
     }
+    # Members that share stages share comparisons: each is one test, however often it is shown.
     sides, unpaired = {}, {}
-    for key, (after, before) in found.items():
+    for after, before in found.values():
         left, right = (_values(sweep, side, metric) for side in (after, before))
         common = left.keys() & right.keys()
         if common:
-            sides[key] = ({k: [left[k]] for k in common}, {k: [right[k]] for k in common})
-            unpaired[key] = len(left.keys() ^ right.keys())
+            test = _test(after, before)
+            sides[test] = ({k: [left[k]] for k in common}, {k: [right[k]] for k in common})
+            unpaired[test] = len(left.keys() ^ right.keys())
     tested = statistics.differences(sides)
     made = [
-        Row(*key, difference, unpaired[key], (found[key][0][0].id, found[key][1][0].id))
-        for key, difference in tested.items()
+        Row(*key, tested[test], unpaired[test], (after[0].id, before[0].id))
+        for key, (after, before) in found.items()
+        if (test := _test(after, before)) in tested
     ]
     return sorted(made, key=lambda row: list(dict.fromkeys(one.question for one in made)).index(row.question))
 
@@ -74,7 +77,7 @@ def _comparisons(
         for made in shown:
             kinds = list(made.headline)
             refined = next((kind for kind in evals.load(benchmark).OBJECTIVE if kind in kinds), kinds[-1])
-            if refined != kinds[0]:
+            if refined != kinds[0] and len(made.metrics.get("turns", (1, 2))) > 1:
                 yield ("self-refinement", member.name, made.phase), (made, refined), (made, kinds[0])
             if base is not None and made.id != base.id:
                 yield ("self-improvement", member.name, made.phase), (made, kinds[0]), (base, kinds[0])
@@ -83,6 +86,10 @@ def _comparisons(
                 if other.id != made.id and other.phase == first.phases(benchmark)[-1]:
                     yield (f"against {first.name}", member.name, made.phase), (made, refined), (other, refined)
         first = first or member
+
+
+def _test(after: Side, before: Side) -> tuple[str, str, str, str]:
+    return after[0].id, after[1], before[0].id, before[1]
 
 
 def _kinds(sweep: Sweep, side: Side) -> set[str]:

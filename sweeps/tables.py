@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import evals
 from evals import test_time
 from sweeps.collect import Measurement, Sweep
 
+COUNTS = {"unscored": "unscored", "never_made": "never made"}  # of what a turn counts, and how a cell says it
 LOPSIDED = 0.5  # of an interval's width: from where on its ends are at unlike distances
 WIDE = 6  # columns of numbers that fit beside one another
 
@@ -45,9 +46,10 @@ def _shows_generated(sweep: Sweep, metric: str) -> bool:
 
 def cell(measurement: Measurement, metric: str, kind: str) -> str:
     """A number with its interval, and how many items have none."""
-    unscored = measurement.headline[kind].get("unscored") if kind in measurement.headline else 0
+    worth = measurement.headline.get(kind, {})
+    counts = [f"{worth[key]} {said}" for key, said in COUNTS.items() if worth.get(key)]
     text = number(answers(measurement, metric).get(kind))
-    return f"{text} ({unscored} unscored)" if unscored and text != "-" else text
+    return f"{text} ({', '.join(counts)})" if counts and text != "-" else text
 
 
 def grid(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | None = None) -> list[list[str]]:
@@ -107,8 +109,7 @@ def title(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str |
     kinds = {kind: worth for measurement in found for kind, worth in measurement.headline.items()}
     estimates = [estimate for measurement in found for estimate in answers(measurement, metric).values() if estimate]
     counts = sorted({estimate["n"] for estimate in estimates})
-    dropped = {measurement.id: sum(measurement.record["dropped"].values()) for measurement in found}
-    unscored = sum(dropped.values())
+    left_out = _left_out(found)
     explained = "".join(f"; {kind}: {what}" for kind, what in evals.load(benchmark).EXPLAIN.items() if kind in kinds)
     if benchmark == "refinement" and _shows_generated(sweep, metric):
         explained += "; generated: tokens drawn for training so far"
@@ -119,8 +120,16 @@ def title(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str |
     name, prompts = ("", "held-out prompts") if ours else (f"{benchmark}, ", "prompts")
     return (
         f"{name}{found[0].titles[metric]} on {n} {prompts}, ±: 95 % interval over prompts (not over training seeds); "
-        f"{'; '.join(protocols)}; {unscored or 'no'} prompts unscored{explained}"
+        f"{'; '.join(protocols)}; {left_out}{explained}"
     )
+
+
+def _left_out(found: Sequence[Measurement]) -> str:
+    """Prompts without a score, of benchmarks that count them so; others count by turn, and their cells say it."""
+    if any("unscored" in turn for one in found for turn in one.metrics.get("turns", ())):
+        return "what is unscored stands beside each number"
+    by_record = {one.id: sum(one.record["dropped"].values()) for one in found}
+    return f"{sum(by_record.values()) or 'no'} prompts unscored"
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def test_all_troubles_at_once(server, tmp_path):
         ({"Retry-After": "inf"}, 0.5),
         ({}, 0.5),
     ],
-    ids=str,
+    ids=["seconds", "date", "milliseconds", "negative", "words", "infinite", "nothing"],
 )
 def test_who_is_told_to_wait_waits(server, tmp_path, headers, seconds):
     def trouble(body, n):
@@ -346,7 +346,7 @@ def test_a_judge_is_started_for_what_the_cache_lacks(tmp_path):
         with contextlib.closing(judge):
             [(_, found)] = judge.ask(ASKS[:1], lambda ask, reply: reply.text)
         assert found.verdict == str(tmp_path / name)
-    with pytest.raises(ValueError, match=r"^endpoint.serve: no such command here: none; "):
+    with pytest.raises(ValueError, match=r"^annotator.serve: no such command here: none; "):
         list(judge.ask(ASKS[1:2], read))
 
 
@@ -359,7 +359,7 @@ def test_what_fails_waits_for_the_rest_and_is_asked_alone_next_time(server, tmp_
             for index, one in judge.ask(ASKS, read):
                 found[index] = one.verdict
     assert str(caught.value) == (
-        f"2 of 40 verdicts missing: endpoint.url={server.url}: says error 503: no GPU left; the same command asks for "
+        f"2 of 40 verdicts missing: annotator.url={server.url}: says error 503: no GPU left; the same command asks for "
         "these alone"
     )
     assert found == {index: value for index, value in HEALTHY.items() if index not in (3, 17)}
@@ -435,7 +435,7 @@ def test_a_wrong_key_stops_at_once_and_is_nowhere(server, tmp_path, status, monk
     server.trouble = lambda body, n: (status, {"error": {"message": f"Incorrect API key: {SECRET}"}})
     with pytest.raises(ValueError) as caught:
         judged(server, tmp_path, concurrency=2, price=PRICE)
-    one_line(caught, f"the key in the environment variable {KEY} (endpoint.key) is refused ({status})")
+    one_line(caught, f"the key in the environment variable {KEY} (annotator.key) is refused ({status})")
     assert len(server.bodies) <= 3 + 2 and server.keys == {f"Bearer {SECRET}"}
     for status in (500, 404):
         server.trouble = lambda body, n, status=status: (status, {"error": {"message": f"Incorrect: {SECRET}"}})
@@ -450,7 +450,7 @@ def test_a_wrong_key_stops_at_once_and_is_nowhere(server, tmp_path, status, monk
 def test_an_unknown_model(server, tmp_path):
     with pytest.raises(ValueError) as caught:
         judged(server, tmp_path, model="other")
-    one_line(caught, "endpoint.model=other: the server doesn't have it; it has: judge")
+    one_line(caught, "annotator.model=other: the server doesn't have it; it has: judge")
     server.trouble = lambda body, n: (404, {"error": {"message": "The model `judge` does not exist"}})
     with pytest.raises(RuntimeError) as caught:
         judged(server, tmp_path)
@@ -463,7 +463,7 @@ def test_no_server_no_key(server, tmp_path, monkeypatch):
     server.server_close()
     with pytest.raises(RuntimeError) as caught:
         judged(server, tmp_path, retries=1)
-    one_line(caught, f"endpoint.url={server.url}: can't be reached, 2 tries (", "start it, or correct the url")
+    one_line(caught, f"annotator.url={server.url}: can't be reached, 2 tries (", "start it, or correct the url")
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ValueError) as caught:
         list(Judge(endpoint("https://api.openai.com/v1"), tmp_path).ask(ASKS, read))
@@ -471,7 +471,7 @@ def test_no_server_no_key(server, tmp_path, monkeypatch):
 
 
 def test_weighted_verdicts_want_logprobs(server, tmp_path):
-    with pytest.raises(ValueError, match=r"^endpoint.logprobs=false: "):
+    with pytest.raises(ValueError, match=r"^annotator.logprobs=false: "):
         judged(server, tmp_path, [asking(0, logprobs=True)], logprobs=False)
 
 
@@ -510,7 +510,7 @@ def test_the_cap_stops_before_it_is_passed(server, tmp_path, concurrency):
     server.trouble = lambda body, n: 0.02
     with pytest.raises(RuntimeError) as caught:
         judged(server, tmp_path, concurrency=concurrency, price=PRICE, max_dollars=cap)
-    spent = f"endpoint.max_dollars={cap:g}: {10 * COST:g} dollars are spent on judge"
+    spent = f"annotator.max_dollars={cap:g}: {10 * COST:g} dollars are spent on judge"
     one_line(caught, spent, "30 of 40 verdicts missing", "what is paid is kept")
     assert sum(server.whole.values()) == 10
     with pytest.raises(RuntimeError, match="30 of 40 verdicts missing"):
@@ -583,7 +583,7 @@ def test_processes_share_a_cap(server, tmp_path):
     assert cap - max(map(bound, ASKS)) < charged <= cap
     assert len({body["temperature"] for body in server.bodies}) == 2
     for _, errors in said:
-        assert f"endpoint.max_dollars={cap:g}: " in errors.strip().splitlines()[-1]
+        assert f"annotator.max_dollars={cap:g}: " in errors.strip().splitlines()[-1]
         assert "verdicts missing; what is paid is kept" in errors
 
 
@@ -648,7 +648,7 @@ def test_who_says_no_counts_is_taken_to_have_used_all(server, tmp_path, monkeypa
 
 
 def test_a_cap_wants_max_tokens(server, tmp_path):
-    with pytest.raises(ValueError, match=r"^endpoint.max_dollars: a request without max_tokens may cost anything$"):
+    with pytest.raises(ValueError, match=r"^annotator.max_dollars: a request without max_tokens may cost anything$"):
         judged(server, tmp_path, [Ask(ASKS[0].messages, {}, True)], price=PRICE, max_dollars=1)
     assert not server.bodies
 
@@ -667,3 +667,34 @@ def test_what_it_will_cost(server, tmp_path):
     left = estimate(ASKS, judge, tmp_path)
     assert (left["requests"], left["cached"]) == (10, 30) and 0 < left["dollars"] < whole["dollars"] / 3
     assert estimate(ASKS, endpoint(server.url), tmp_path)["dollars"] is None
+
+
+def test_two_that_ask_the_same_at_once_pay_once(server, tmp_path):
+    server.trouble = lambda body, n: 0.2  # answered, but slowly
+    found = [[], []]
+
+    def ask(into):
+        with contextlib.closing(Judge(endpoint(server.url), tmp_path)) as judge:
+            into.extend(judge.ask(ASKS[:8], lambda ask, reply: reply.text))
+
+    threads = [threading.Thread(target=ask, args=(into,)) for into in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    texts = [{index: verdict.verdict for index, verdict in one} for one in found]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert set(server.whole.values()) == {1}
+    assert not list(tmp_path.rglob("*.asking"))
+
+
+def test_the_right_to_ask_of_a_dead_process_is_taken_over(server, tmp_path):
+    cache = Cache(tmp_path)
+    child = "import sys; from evals.paid import *; from pathlib import Path; import threading, os\n"
+    child += f"with Cache(Path({str(tmp_path)!r})).asking({digest(REQUEST)!r}, threading.Event(), 9): os._exit(0)"
+    subprocess.run([sys.executable, "-c", child], cwd=ROOT, check=True)
+    assert list(tmp_path.rglob("*.asking"))
+    began = time.monotonic()
+    with cache.asking(digest(REQUEST), threading.Event(), 60) as found:
+        assert found is None
+    assert time.monotonic() - began < 30 and not list(tmp_path.rglob("*.asking"))

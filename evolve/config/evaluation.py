@@ -142,7 +142,6 @@ class Harness(Questions):
     shots: Count | None
     chat: bool
     data: dict[str, str | None]
-    unsafe_code: bool
 
 
 class Eval(Section):

@@ -152,6 +152,22 @@ class Config(Section):
             )
         if isinstance(self.annotator, StandIn) and self.annotator.scorer == "verifier" and not self.data.verifier:
             refuse(f"annotator.scorer=verifier: data.name={self.data.name} has no verifier; take reward_model")
+        sections = {name: getattr(self.eval, name, self.eval.harness) for name in self.eval.benchmarks}
+        room = self.engine.max_length or self.data.max_length
+        for name, own in sections.items():
+            if name in ("refinement", "test_time"):
+                continue
+            key = f"eval.{name if own is not self.eval.harness else 'harness'}"
+            if (tokens := own.max_new_tokens or 0) >= room:
+                refuse(
+                    f"{key}.max_new_tokens={tokens}: leaves no room for a question in the {room} tokens of "
+                    "data.max_length (or engine.max_length)"
+                )
+        alpaca = self.eval.alpaca_eval
+        if "alpaca_eval" in sections and alpaca.length_control and None in (alpaca.difficulty, alpaca.gamed):
+            refuse(
+                "eval.alpaca_eval.length_control=true: needs difficulty and gamed; set both, or length_control=false"
+            )
         if len(set(self.eval.benchmarks)) < len(self.eval.benchmarks):
             refuse(f"eval.benchmarks={list(self.eval.benchmarks)}: names one twice")
         if "test_time" in self.eval.benchmarks and self.eval.test_time is None:

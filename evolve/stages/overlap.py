@@ -20,7 +20,8 @@ class Config(Section):
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
     from evals.overlap import overlap
 
-    evaluation = read_rows(inputs["evaluation"] / "rows.jsonl")
+    asked = read_rows(inputs["evaluation"] / "rows.jsonl")
+    evaluation = [{"id": row["id"], "prompt": row.get("text", row["prompt"])} for row in asked]
     training = [row for use in inputs if use != "evaluation" for row in read_rows(inputs[use] / "rows.jsonl")]
     found = overlap(training, evaluation, config.words)
     (out / "overlap.json").write_text(json.dumps(found, indent=1) + "\n")
