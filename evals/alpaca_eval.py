@@ -31,7 +31,7 @@ from evals.length_control import Control, Controlled, Game, Unfitted
 from evals.needs import Asked, File, Measured, Needs
 from evals.statistics import Estimate
 from evolve import templates
-from evolve.config import Config, Endpoint
+from evolve.config import Config, ConfigError, Endpoint
 from evolve.data import row_id
 
 METRICS = {"win_rate": "win rate (%)", "lc_win_rate": "length-controlled win rate (%)"}
@@ -56,6 +56,11 @@ def needs(config: Config) -> Needs:
     said = protocol(own.evaluator, weighted) if isinstance(judge, Endpoint) else "AlpacaEval 2"
     fit = {"difficulty": own.difficulty, "gamed": own.gamed} if own.length_control else {}
     here = "eval.alpaca_eval"
+    if isinstance(judge, Endpoint):
+        try:
+            _evaluator(own.evaluator)
+        except ValueError as error:
+            raise ConfigError(f"{here}.evaluator: {error}") from None
     return Needs(
         refinement.chain(turns),
         f"{said}, chain of {turns} turns",
