@@ -161,17 +161,18 @@ def _score(given: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--c {given.c:g}: has to be above 0")
     if given.questions and given.by_position:
         raise ValueError("--questions and --by-position say different things about where an instruction stands")
+    order: dict[str, int] | None = None
+    if given.questions:
+        questions = alpaca_eval.questions(given.questions)
+        order = {row["id"]: row["index"] for row in questions}
+    read_all = [(path, read(path, order, given.by_position)) for path in given.annotations]
+    # Last: the hub may be slow, and what is wrong with a file of the command is known without it.
     control: Control | Unfitted = Unfitted("not asked for")
     if not given.no_length_control:
         try:
             control = length_control.load(given.gamed, given.difficulty)
         except Unfitted as reason:
             control = reason
-    order: dict[str, int] | None = None
-    if given.questions:
-        questions = alpaca_eval.questions(given.questions)
-        order = {row["id"]: row["index"] for row in questions}
-    read_all = [(path, read(path, order, given.by_position)) for path in given.annotations]
     found = []
     for path, model, mine in ((path, model, mine) for path, models in read_all for model, mine in models.items()):
         size = len(mine) if order is None else len(order)

@@ -31,7 +31,7 @@ from evals.length_control import Control, Controlled, Game, Unfitted
 from evals.needs import Asked, File, Measured, Needs
 from evals.statistics import Estimate
 from evolve import templates
-from evolve.config import Config, Endpoint
+from evolve.config import Config, ConfigError, Endpoint
 from evolve.data import row_id
 
 METRICS = {"win_rate": "win rate (%)", "lc_win_rate": "length-controlled win rate (%)"}
@@ -58,6 +58,11 @@ def needs(config: Config) -> Needs:
     here = "eval.alpaca_eval"
     tokens = own.max_new_tokens or config.data.max_response_tokens
     some = f", {own.limit} instructions" if own.limit else ""
+    if isinstance(judge, Endpoint):
+        try:
+            _evaluator(own.evaluator)
+        except ValueError as error:
+            raise ConfigError(f"{here}.evaluator: {error}") from None
     return Needs(
         refinement.chain(turns),
         f"{said}, against {own.path}{some}, chain of {turns} turns, at most {tokens} tokens",

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class Judge:
         self._stop = threading.Event()
         self._answered = 0
         self._refused: list[str] = []
+        self._logprobs: Counter[bool] = Counter()  # of replies that should have them, whether they do
 
     def close(self) -> None:
         self._opened.close()
@@ -142,7 +144,7 @@ class Judge:
         for index, ask in enumerate(asks):
             groups.setdefault(digest(_request(self.model, ask, 0)), []).append(index)
         self._stop.clear()
-        self._answered, self._refused = 0, []
+        self._answered, self._refused, self._logprobs = 0, [], Counter()
         left, missing, last_chance = list(groups.values()), len(asks), False
         while left:
             failed: list[list[int]] = []
@@ -250,10 +252,21 @@ class Judge:
                     raise (_Later(str(explained)) if passes(error) else explained) from None
             self._answered += 1
             had.append(found)
+            if ask.fields.get("logprobs"):
+                self._check_logprobs(found.reply)
             value = read(ask, found.reply)
             if value is not None:
                 return verdict(value)
         return verdict(None, _why(ask, had[-1].reply))
+
+    def _check_logprobs(self, reply: Reply) -> None:
+        """Raises ValueError once it is clear that the server never gives them: the rest would be paid in vain."""
+        self._logprobs[reply.logprobs is not None] += 1
+        if self._logprobs[False] >= ALL_REFUSED and not self._logprobs[True]:
+            raise ValueError(
+                f"{self.section}.logprobs=true: the server gives no log-probabilities ({self._logprobs[False]} replies "
+                f"without); set {self.section}.logprobs=false, where the label in the judge's words counts"
+            )
 
     def _server(self) -> Any:
         from evolve.engines.client import Client

@@ -63,7 +63,7 @@ def judging(stages: Iterable[Stage], rows: Questions, store: Store) -> list[Judg
     for stage in stages:
         config: Any = stage.config
         if stage.kind == "compare" and config.endpoint is not None:
-            asked.setdefault(config.endpoint.name, []).append(stage)
+            asked.setdefault(config.endpoint.model, []).append(stage)
     return [_of(name, made, rows, store) for name, made in asked.items()]
 
 

@@ -147,7 +147,8 @@ class _Builder:
         made = {step.stage.id: step.stage for step in self.steps if step.stage.kind in ("data", "questions")}
         held = {step.stage.inputs["held_out"].id for step in self.steps if "held_out" in step.stage.inputs}
         asked = [one for one in made.values() if one.id in held or one.identity["config"].get("pool", "eval") == "eval"]
-        training = {f"training_{number}": one for number, one in enumerate(made.values()) if one not in asked}
+        trained_on = [one for one in made.values() if one not in asked]
+        training = {f"training_{number}": one for number, one in enumerate(trained_on)}
         self.phase = "setup"
         for evaluation in asked if training else ():
             self.add("overlap", {"evaluation": evaluation, **training}, words=OVERLAP)
@@ -352,7 +353,7 @@ class _Builder:
         if isinstance(judge := self.config.annotator, Endpoint):
             weights = self.resolve.model(judge.path, judge.revision, "annotator.path").digest[:8] if judge.path else ""
             model = " ".join(part for part in (judge.model, weights) if part)
-            return judge.name if judge.name == model else f"{judge.name} ({model})"
+            return model if judge.name is None else f"{judge.name} ({model})"
         return f"a stand-in, {self.scorer_name(self.config.annotating_scorer)}"
 
     def scorer_name(self, scorer: str) -> str:

@@ -645,7 +645,8 @@ def test_a_damaged_file_is_refused(world, tmp_path, capsys, damage):
 
 def test_the_command_runs_as_a_module(world):
     command = [sys.executable, "-m", "evals.alpaca_eval", "--annotations", "nowhere.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    online = {**os.environ, "HF_HUB_OFFLINE": "0"}  # a wrong file is said before the hub is asked for others
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=online)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 

@@ -18,7 +18,7 @@ import pytest
 from test_judges import SECRET, Fake
 
 from evals import alpaca_annotations, arena_hard
-from evolve import config, launch
+from evolve import config, launch, plan, sources
 from evolve.config import CONF, ConfigError
 from evolve.stages import Context, module, stage, write_rows
 from sweeps import card, collect, differences, pooled, tables
@@ -169,6 +169,15 @@ def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> N
     assert report.values == {"evaluation": 3, "training": 2, "exact": 1, "ngram": 1}
 
 
+def test_another_benchmark_leaves_the_overlap_of_the_first() -> None:
+    def overlaps(benchmarks: str) -> set[str]:
+        config = load(*SMALL, *JUDGED, f"eval.benchmarks=[{benchmarks}]")
+        steps = plan.build("member", config, sources.Resolver(None)).steps
+        return {step.stage.id for step in steps if step.stage.kind == "overlap"}
+
+    assert overlaps("alpaca_eval") < overlaps("alpaca_eval,arena_hard")
+
+
 # ---- a judge behind a server
 
 
@@ -294,6 +303,12 @@ def test_wrong_questions_are_one_line_before_any_work(tmp_path: Path, rows: Any,
         file.write_text(json.dumps(rows))
     with pytest.raises(ConfigError, match=said) as error:
         run(tmp_path / "out", [f"eval.alpaca_eval.path={file}"])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_evaluator_is_one_line_before_any_work(server: Fake, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^eval\.alpaca_eval\.evaluator: 'gpt4' is no evaluator") as error:
+        run(tmp_path / "out", [*annotator(server), "eval.alpaca_eval.evaluator=gpt4"])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 

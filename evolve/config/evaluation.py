@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evolve.config.engines import Engine, check_server
 from evolve.config.method import Stop, Strategy
@@ -79,7 +79,7 @@ class Endpoint(Section):
     """
 
     kind: Literal["server"] = "server"
-    name: Annotated[str, RUNTIME]
+    name: Annotated[str | None, RUNTIME]
     model: str
     url: Annotated[str | None, RUNTIME]
     serve: str | None
@@ -93,6 +93,13 @@ class Endpoint(Section):
     retries: Annotated[Count, RUNTIME]
     price: Annotated[Price | None, RUNTIME] = None
     max_dollars: Annotated[Rate | None, RUNTIME] = None
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_named(cls, model: Any) -> Any:
+        if model is None:
+            raise ValueError(f"{HERE}: not set; what the endpoint calls the judge, which is part of every number")
+        return model
 
     @model_validator(mode="after")
     def _has_a_server(self) -> Endpoint:
