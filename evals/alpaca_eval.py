@@ -67,7 +67,7 @@ def needs(config: Config) -> Needs:
         refinement.chain(turns),
         f"{said}, against {own.path}{some}, chain of {turns} turns, at most {tokens} tokens",
         own.temperature,
-        said,
+        said if isinstance(judge, Endpoint) else "",
         asked=Asked({"path": File(f"{here}.path", own.path, own.revision)}, limit=own.limit),
         versus={"evaluator": own.evaluator, "logprobs": weighted},
         files={use: File(f"{here}.{use}", path, own.revision) for use, path in fit.items() if path},

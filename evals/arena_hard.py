@@ -75,7 +75,7 @@ def needs(config: Config) -> Needs:
         refinement.chain(turns),
         f"{said}, against {own.baseline}{some}, chain of {turns} turns, at most {tokens} tokens",
         own.temperature,
-        said,
+        said if judged else own.version,
         asked=Asked(files, limit=own.limit),
         versus={"template": template},
         reading={"version": own.version},

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from evolve.store import digest
 
 # How many tries in a row end a pass (or as many as are under way): the server is down, so the rest needn't find out.
 DOWN = 8
+NO_LOGPROBS = "without logprobs"
 ALL_REFUSED = 5  # so many refused and none answered: the server won't have such requests, whatever they ask
 # What a request that was never sent ends with, by name: httpx's, of whichever release the client uses.
 NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
@@ -123,7 +123,7 @@ class Judge:
         self._stop = threading.Event()
         self._answered = 0
         self._refused: list[str] = []
-        self._logprobs: Counter[bool] = Counter()  # of replies that should have them, whether they do
+        self._logprobs, self._without = False, 0  # whether any reply has had them; verdicts that lacked them
 
     def close(self) -> None:
         self._opened.close()
@@ -144,8 +144,10 @@ class Judge:
         for index, ask in enumerate(asks):
             groups.setdefault(digest(_request(self.model, ask, 0)), []).append(index)
         self._stop.clear()
-        self._answered, self._refused, self._logprobs = 0, [], Counter()
-        left, missing, last_chance = list(groups.values()), len(asks), False
+        self._answered, self._refused, self._logprobs, self._without = 0, [], False, 0
+        # What is kept comes first: what ends the call leaves none of it unread.
+        first = sorted(groups, key=lambda key: not self.cache.path(key).exists())
+        left, missing, last_chance = [groups[key] for key in first], len(asks), False
         while left:
             failed: list[list[int]] = []
             for group, found in self._pass(left, asks, read):
@@ -252,20 +254,21 @@ class Judge:
                     raise (_Later(str(explained)) if passes(error) else explained) from None
             self._answered += 1
             had.append(found)
-            if ask.fields.get("logprobs"):
-                self._check_logprobs(found.reply)
+            self._logprobs |= found.reply.logprobs is not None
             value = read(ask, found.reply)
             if value is not None:
                 return verdict(value)
-        return verdict(None, _why(ask, had[-1].reply))
+        if (why := _why(ask, had[-1].reply)) == NO_LOGPROBS:
+            self._check_logprobs()
+        return verdict(None, why)
 
-    def _check_logprobs(self, reply: Reply) -> None:
+    def _check_logprobs(self) -> None:
         """Raises ValueError once it is clear that the server never gives them: the rest would be paid in vain."""
-        self._logprobs[reply.logprobs is not None] += 1
-        if self._logprobs[False] >= ALL_REFUSED and not self._logprobs[True]:
+        self._without += 1
+        if self._without >= ALL_REFUSED and not self._logprobs:
             raise ValueError(
-                f"{self.section}.logprobs=true: the server gives no log-probabilities ({self._logprobs[False]} replies "
-                f"without); set {self.section}.logprobs=false, where the label in the judge's words counts"
+                f"{self.section}.logprobs=true: the server gives no log-probabilities ({self._without} verdicts lack "
+                f"them); set {self.section}.logprobs=false, where the label in the judge's words counts"
             )
 
     def _server(self) -> Any:
@@ -315,7 +318,7 @@ class Judge:
 def _why(ask: Ask, reply: Reply) -> str:
     """Why the last reply gave no verdict."""
     if ask.fields.get("logprobs") and reply.logprobs is None:
-        return "without logprobs"
+        return NO_LOGPROBS
     if not reply.text.strip():
         return "empty"
     return "cut off" if reply.end == "length" else "can't be read"

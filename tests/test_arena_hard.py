@@ -355,7 +355,7 @@ def test_what_was_not_judged_is_counted():
     assert metrics["gain"]["score"] == {"value": 50.0, "low": None, "high": None, "n": 1}
     assert dropped["prompts without a game that counts"] == 1
     assert set(items["refined"]["score"]) == {"p0"}
-    for nothing, said in (({"1": [[None, None]] * 2}, "turn 1: no game"), ({}, "no turn was judged")):
+    for nothing, said in (({"1": [[None, None]] * 2}, "turn 1: none of 4 games"), ({}, "no turn was judged")):
         with pytest.raises(ValueError, match=said):
             arena_hard.measure(*rows_of(nothing), "")
 

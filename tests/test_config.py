@@ -562,10 +562,28 @@ def test_a_judged_benchmarks_settings_make_its_own_stages_new(key: str, value: A
 )
 def test_a_tasks_settings_make_its_own_stages_new(tmp_path: Path, override: str, kinds: set[str]) -> None:
     file = tmp_path / "test.jsonl"
-    file.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    for name in (file, tmp_path / "train.jsonl"):
+        name.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
     given = ("debug=fast", "eval.benchmarks=[gsm8k]", f"eval.harness.data.gsm8k={file}")
     known, new = set(ids(load(*given))), set(ids(load(*given, override)))
     assert {one.split("/")[0] for _, one in known - new} == kinds
+
+
+def test_a_tasks_examples_are_part_of_its_questions(tmp_path: Path) -> None:
+    for name in ("test.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    given = ("debug=fast", "eval.benchmarks=[gsm8k]", f"eval.harness.data.gsm8k={tmp_path / 'test.jsonl'}")
+
+    def questions(*more: str) -> list[str]:
+        found = plan.build("member", load(*given, *more), sources.Resolver(None)).steps
+        return [step.stage.id for step in found if step.stage.kind == "questions"]
+
+    shown, unshown = questions(), questions("eval.harness.shots=0")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "2 + 1?", "answer": "#### 3"}) + "\n")
+    assert questions() != shown and questions("eval.harness.shots=0") == unshown
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"shows 5 examples.*train.jsonl.*eval.harness.shots=0"):
+        questions()
 
 
 def test_an_unknown_benchmark_is_one_line() -> None:

@@ -134,16 +134,17 @@ def test_a_missing_end_is_not_taken_for_another(sweep: collect.Sweep) -> None:
 
     def asked(*members: collect.MemberResult) -> list[str]:
         made = replace(sweep, members=list(members))
-        return [row.question for row in differences.rows(made, "alpaca_eval", judge, "win_rate")]
+        return sorted(row.question for row in differences.rows(made, "alpaca_eval", judge, "win_rate"))
 
     def without(member: collect.MemberResult, phase: str) -> collect.MemberResult:
         return replace(member, measurements=[one for one in member.measurements if one.phase != phase])
 
-    each = ["self-refinement", "self-improvement"]
-    assert asked(first, second) == [*each, *each, f"against {first.name}"]
-    assert asked(without(first, "base")) == each[:1]
-    assert asked(without(first, "sft"), second) == [*each[:1], *each]
-    assert asked(first, without(second, "sft")) == [*each, *each[:1]]
+    refinement, improvement = "self-refinement", "self-improvement"
+    each = [improvement, refinement]
+    assert asked(first, second) == sorted([*each, *each, f"against {first.name}"])
+    assert asked(without(first, "base")) == [refinement]
+    assert asked(without(first, "sft"), second) == [*each, refinement]
+    assert asked(first, without(second, "sft")) == [*each, refinement]
 
 
 def test_a_card_has_every_benchmark(sweep: collect.Sweep) -> None:
@@ -154,7 +155,7 @@ def test_a_card_has_every_benchmark(sweep: collect.Sweep) -> None:
     assert text.count("Benchmark alpaca_eval: ") == text.count("Benchmark arena_hard: ") == 2
     assert "prompts of embedded `embedded-1`, its own questions" in text
     judges = {one.metrics["judge"] for one in model.evaluations}
-    assert judges == {"a stand-in, ledger", "a stand-in, trained reward model"}
+    assert judges == {f"a stand-in, {who}{of}" for who in ("ledger", "trained reward model") for of in ("", ", v0.1")}
 
 
 def test_overlap_is_counted_and_shown(sweep: collect.Sweep, tmp_path: Path) -> None:

@@ -334,18 +334,21 @@ HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 
 
 def test_a_judge_is_started_for_what_the_cache_lacks(tmp_path):
-    """It is its weights then, whatever the server calls it."""
+    """It is its weights then, whatever the server calls it, and how they are served."""
     (tmp_path / "server.py").write_text(SERVER)
     serve = f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}}"
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_text(name)
-    for name, command in (("one", serve), ("two", serve), ("one", "none {model} {port}")):
+    given = [("one", serve), ("two", serve), ("one", f"{serve} fp8"), ("one", serve)]
+    for number, (name, command) in enumerate(given):
         judge = Judge(endpoint(None, serve=command), tmp_path / "cache", tmp_path / name)
         with contextlib.closing(judge):
             [(_, found)] = judge.ask(ASKS[:1], lambda ask, reply: reply.text)
         assert found.verdict == str(tmp_path / name)
+        assert found.cached == (number == 3)
+    judge = Judge(endpoint(None, serve="none {model} {port}"), tmp_path / "cache", tmp_path / "one")
     with pytest.raises(ValueError, match=r"^annotator.serve: no such command here: none; "):
         list(judge.ask(ASKS[1:2], read))
 
@@ -698,3 +701,13 @@ def test_the_right_to_ask_of_a_dead_process_is_taken_over(server, tmp_path):
     with cache.asking(digest(REQUEST), threading.Event(), 60) as found:
         assert found is None
     assert time.monotonic() - began < 30 and not list(tmp_path.rglob("*.asking"))
+
+
+def test_a_server_without_logprobs_is_found_out_at_once(server, tmp_path):
+    server.trouble = lambda body, n: {"logprobs": None}
+    asks = [asking(number, logprobs=True) for number in range(40)]
+    judge = Judge(endpoint(server.url, concurrency=2), tmp_path)
+    told = r"^annotator.logprobs=true: the server gives no .*annotator.logprobs=false"
+    with contextlib.closing(judge), pytest.raises(ValueError, match=told):
+        list(judge.ask(asks, lambda ask, reply: None))
+    assert sum(server.whole.values()) < 20
