@@ -162,6 +162,37 @@ def test_mathematics_is_compared_by_value(tmp_path, task, columns, right):
 
 
 @pytest.mark.slow
+def test_instructions_are_pooled_over_documents(tmp_path):
+    """IFEval: two documents, of one and two instructions; the first turn follows none, the second all."""
+    rows = [
+        {"key": 0, "prompt": "Say hello.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {
+            "key": 1,
+            "prompt": "Say bye.",
+            "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
+            "kwargs": [{}, {}],
+        },
+    ]
+    write_rows(tmp_path / "ifeval.jsonl", rows)
+    questions = harness.questions("ifeval", data=tmp_path / "ifeval.jsonl")
+    made = answers(
+        questions, ("Oh, hello.", "Hello."), ("Oh, well, goodbye to you all.".upper(), "goodbye to you all.")
+    )
+    measured = harness.measure(questions, made, "", "ifeval", data=tmp_path / "ifeval.jsonl")
+    first, second = values(measured)
+    assert first["prompt_level_strict_acc"] == first["inst_level_strict_acc"] == 0
+    assert second["prompt_level_strict_acc"] == second["inst_level_strict_acc"] == 1
+    made = answers(questions, ("Hello.",), ("goodbye, to you all.",))
+    [partly] = values(harness.measure(questions, made, "", "ifeval", data=tmp_path / "ifeval.jsonl"))
+    assert partly["prompt_level_strict_acc"] == 0.5 and partly["inst_level_strict_acc"] == pytest.approx(2 / 3)
+
+
+def test_what_is_the_questions_own_has_no_examples_and_no_instructions(gsm8k):
+    rows = harness.questions("gsm8k", data=gsm8k, shots=2)
+    assert [row["text"] for row in rows] == [text for text, _ in PROBLEMS]
+    assert all("Question: " in row["prompt"] for row in rows)
+
+
 def test_an_answer_that_no_scorer_survives_is_wrong_and_counted(tmp_path):
     write_rows(tmp_path / "any.jsonl", [{"problem": "p", "answer": "3"}] * 2)
     rows = harness.questions("math500", data=tmp_path / "any.jsonl")
