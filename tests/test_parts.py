@@ -1,5 +1,6 @@
 """Work in parts: what was finished is kept whatever happens, and who made a row changes nothing."""
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -115,9 +116,13 @@ def kill_one(folder):
     """A progress callback that kills one process, once, when some rows are there; and whom it killed."""
     killed = []
 
+    def works(child):
+        with contextlib.suppress(psutil.Error):  # one that has just ended has no command line any more
+            return "evolve.processes" in child.cmdline()
+
     def progress(done, total):
-        if not killed and parts.read(folder / "partial"):
-            children = [child for child in psutil.Process().children() if "evolve.processes" in child.cmdline()]
+        children = [child for child in psutil.Process().children() if works(child)]
+        if not killed and children and parts.read(folder / "partial"):
             killed.append(children[-1])
             children[-1].kill()
 
