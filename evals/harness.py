@@ -90,6 +90,7 @@ def until(task: str) -> tuple[str, ...]:
     return found.pop()
 
 
+@lru_cache
 def definition(task: str) -> str:
     """A hash of what the task is: lm-eval's version, its config, and the code of the tasks here."""
     code = {file.name: hash_file(file) for file in sorted(TASKS.iterdir()) if file.is_file()}

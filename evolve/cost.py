@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evals
 from evolve.config import ConfigError, Endpoint
 from evolve.stages import questions
-from evolve.store import Source, Stage, Store
+from evolve.store import Source, Stage, Store, digest
 
 Questions = dict[str, list[dict[str, Any]]]  # by the id of the stage that makes them
 
@@ -74,20 +74,23 @@ def _of(name: str, stages: list[Stage], rows: Questions, store: Store) -> Judgin
     endpoint: Endpoint = config.endpoint
     requests = tokens = unknown = 0
     dollars = 0.0
+    estimates: dict[str, dict[str, Any]] = {}  # every phase of every member asks the same questions
     for stage in stages:
-        found, config = rows.get(stage.inputs["questions"].id), stage.config
-        if found is None:
+        config, asked, weights = stage.config, stage.inputs["questions"].id, stage.inputs.get("judge")
+        if asked not in rows:
             unknown += 1
             continue
-        benchmark = importlib.import_module(f"evals.{config.benchmark}")
-        asks = [
-            ask
-            for row in found
-            for ask in benchmark.asks(row["prompt"], f"{row['reference']} ", row["reference"], **config.settings)
-        ]
-        weights = stage.inputs.get("judge")
-        folder = Path(weights.path) if isinstance(weights, Source) else None
-        each, turns = judges.estimate(asks, endpoint, store.judgments, folder), len(config.turns)
+        key = digest([asked, config.settings, weights.id if weights else None])
+        if key not in estimates:
+            benchmark = evals.load(config.benchmark)
+            asks = [
+                ask
+                for row in rows[asked]
+                for ask in benchmark.asks(row["prompt"], f"{row['reference']} ", row["reference"], **config.settings)
+            ]
+            folder = Path(weights.path) if isinstance(weights, Source) else None
+            estimates[key] = judges.estimate(asks, endpoint, store.judgments, folder)
+        each, turns = estimates[key], len(config.turns)
         requests += turns * each["requests"]
         tokens += turns * sum(each["tokens"].values())
         dollars += turns * (each["dollars"] or 0.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -280,16 +281,22 @@ class _Builder:
             until=until,
         )
 
-    def evaluate(self, model: Artefact) -> None:
-        """Each benchmark: its prompts are answered, and scored or compared, by the stages that the loop uses."""
+    @cached_property
+    def benchmarks(self) -> dict[str, Needs]:
+        """What each needs, which no phase changes. Raises ConfigError."""
+        found = {}
         for name in self.config.eval.benchmarks:
             try:
                 needs = evals.load(name).needs(self.config)
             except ValueError as error:
                 ours = ", ".join(evals.BENCHMARKS)
                 raise ConfigError(f"eval.benchmarks: {error} (not of lm-eval are: {ours})") from None
-            if needs.asked and needs.asked.hub:
-                needs = self.pinned(name, needs.asked, needs)
+            found[name] = self.pinned(name, needs.asked, needs) if needs.asked and needs.asked.hub else needs
+        return found
+
+    def evaluate(self, model: Artefact) -> None:
+        """Each benchmark: its prompts are answered, and scored or compared, by the stages that the loop uses."""
+        for name, needs in self.benchmarks.items():
             prompts = self.questions(name, needs) if needs.asked else self.held_out
             inputs: dict[str, Artefact] = {"questions": prompts} if needs.asked else {}
             protocol, judge = [needs.protocol], [self.scorer_name(scorer) for scorer in needs.scorers.values()]

@@ -57,7 +57,8 @@ def rows(sweep: Sweep, benchmark: str, judge: str, metric: str, every_phase: boo
         for key, (after, before) in found.items()
         if (test := _test(after, before)) in tested
     ]
-    return sorted(made, key=lambda row: list(dict.fromkeys(one.question for one in made)).index(row.question))
+    order = list(dict.fromkeys(row.question for row in made))
+    return sorted(made, key=lambda row: order.index(row.question))
 
 
 Side = tuple[Measurement, str]  # and which of its answers

@@ -120,3 +120,25 @@ def respond(template, tmp_path):
         return read_rows(out / "answers.jsonl"), report
 
     return respond
+
+
+def load(*overrides: str):
+    """The configuration that these overrides compose, without a site's own settings."""
+    import hydra
+
+    from evolve import config
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.load(hydra.compose("config", overrides=["~local", *overrides]))
+
+
+def sweep_here(members: list[list[str]]):
+    """Runs the members' sweep in this process, which keeps its environment."""
+    from evolve import launch
+
+    before = dict(os.environ)
+    try:
+        return launch.sweep([load(*words) for words in members], members, inline=True)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterator
 from typing import Any
 
-import hydra
 import pytest
+from conftest import load, sweep_here
 
 from evals import test_time
-from evolve import config, launch
-from evolve.config import CONF
+from evolve import launch
 from sweeps import card, collect, tables, wandb_log
 
 SMALL = ["debug=fast", "loss=sft_only", "data.eval_prompts=8", "data.sft_pairs=16", "eval.turns=3"]
 SMALL += ["eval=test_time", "eval.select=verifier", "eval.test_time.answers=4", "eval.stop=unchanged"]
 
 
-def load(*overrides: str) -> config.Config:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.load(hydra.compose("config", overrides=["~local", *overrides]))
-
-
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[launch.Planned]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> launch.Planned:
     """Four draws against two chains of two turns, run in this process."""
     out = tmp_path_factory.mktemp("benchmarks")
     members = [["strategy@eval.test_time=parallel"], ["strategy@eval.test_time=chain", "eval.test_time.chains=2"]]
-    overrides = [[*SMALL, *member, f"output={out}"] for member in members]
-    before = dict(os.environ)
-    try:
-        yield launch.sweep([load(*words) for words in overrides], overrides, inline=True)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return sweep_here([[*SMALL, *member, f"output={out}"] for member in members])
 
 
 @pytest.fixture(scope="module")

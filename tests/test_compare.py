@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from test_judges import KEY, MADE, PRICE, READ, SECRET, Fake, endpoint
 
+import evals
 from evals.games import Ask
 from evolve.config import Resources, Section
 from evolve.stages import Context, module, read_rows, stage, write_rows
@@ -40,6 +41,7 @@ def stand_in(sign):
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(sys.modules, "evals.toy", SimpleNamespace(asks=asks, read=read, stand_in=stand_in))
+    monkeypatch.setattr(evals, "BENCHMARKS", (*evals.BENCHMARKS, "toy"))
 
 
 def prefers(body):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import hydra
 import pytest
+from conftest import load, sweep_here
 from test_judges import SECRET, Fake
 
 from evals import alpaca_annotations, arena_hard
-from evolve import config, launch, plan, sources
-from evolve.config import CONF, ConfigError
+from evolve import launch, plan, sources
+from evolve.config import ConfigError
 from evolve.stages import Context, module, stage, write_rows
 from sweeps import card, collect, differences, pooled, tables
 
@@ -29,19 +28,8 @@ JUDGED += ["eval.arena_hard.temperature=0.7"]
 KEY = "EVOLVE_TEST_KEY"
 
 
-def load(*overrides: str) -> config.Config:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.load(hydra.compose("config", overrides=["~local", *overrides]))
-
-
 def run(out: Path, *members: list[str]) -> launch.Planned:
-    overrides = [[*SMALL, *JUDGED, *member, f"output={out}"] for member in members]
-    before = dict(os.environ)
-    try:
-        return launch.sweep([load(*words) for words in overrides], overrides, inline=True)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return sweep_here([[*SMALL, *JUDGED, *member, f"output={out}"] for member in members])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ store, by what was asked (evals/paid.py), so a comparison that was killed, or an
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+import evals
 from evals.judges import Judge, Verdict
 from evolve import parts
 from evolve.config import Endpoint, Section
@@ -61,7 +61,7 @@ class Answer:
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
-    benchmark = importlib.import_module(f"evals.{config.benchmark}")
+    benchmark = evals.load(config.benchmark)
     rows = read_rows(inputs["answers"] / "answers.jsonl")
     questions = {row["id"]: row for row in read_rows(inputs["questions"] / "rows.jsonl")}
     answers = list(_answers(rows, questions, config.turns))
