@@ -175,16 +175,26 @@ def test_instructions_are_pooled_over_documents(tmp_path):
     ]
     write_rows(tmp_path / "ifeval.jsonl", rows)
     questions = harness.questions("ifeval", data=tmp_path / "ifeval.jsonl")
-    made = answers(
-        questions, ("Oh, hello.", "Hello."), ("Oh, well, goodbye to you all.".upper(), "goodbye to you all.")
-    )
+    farewell = "oh well, it was good to see you all, and i hope that you will come back next year."
+    made = answers(questions, ("Oh, hello.", "Hello."), (farewell.upper(), farewell.replace(",", "")))
     measured = harness.measure(questions, made, "", "ifeval", data=tmp_path / "ifeval.jsonl")
     first, second = values(measured)
     assert first["prompt_level_strict_acc"] == first["inst_level_strict_acc"] == 0
     assert second["prompt_level_strict_acc"] == second["inst_level_strict_acc"] == 1
-    made = answers(questions, ("Hello.",), ("goodbye, to you all.",))
+    made = answers(questions, ("Hello.",), (farewell,))
     [partly] = values(harness.measure(questions, made, "", "ifeval", data=tmp_path / "ifeval.jsonl"))
     assert partly["prompt_level_strict_acc"] == 0.5 and partly["inst_level_strict_acc"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+def test_a_language_that_is_guessed_is_guessed_alike_each_time(tmp_path):
+    """IFEval's detector draws: unseeded, it takes this text for Somali, English or Welsh."""
+    row = {"key": 0, "prompt": "Say bye.", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
+    write_rows(tmp_path / "ifeval.jsonl", [row] * 30)
+    questions = harness.questions("ifeval", data=tmp_path / "ifeval.jsonl")
+    made = answers(questions, *[("goodbye to you all.",)] * 30)
+    measured = harness.measure(questions, made, "", "ifeval", data=tmp_path / "ifeval.jsonl")
+    assert len(set(measured.items["direct"]["prompt_level_strict_acc"].values())) == 1
 
 
 def test_what_is_the_questions_own_has_no_examples_and_no_instructions(gsm8k):
