@@ -18,18 +18,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evolve import cost, plan, sources, workers
 from evolve.config import ROOT, Config, ConfigError
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
-from evolve.store import Store, digest
+from evolve.store import Stage, Store, digest
 from evolve.workers import Inline, Outcome, Setting, Workers
 
 
 class Failed(Exception):
     """Some stages failed; the message says which."""
+
+
+class Busy(Exception):
+    """Another process is making a stage, and nothing else is left to do; the message is the stage's id."""
+
+
+class Watch(Protocol):
+    """Who is told how a run goes."""
+
+    def started(self, stage: Stage) -> None: ...
+    def progress(self, stage: Stage, news: workers.Progress) -> None: ...
+    def held(self, stage: Stage) -> None: ...
+    def retried(self, stage: Stage, outcome: Outcome) -> None: ...
+    def finished(self, stage: Stage, outcome: Outcome) -> None: ...
 
 
 @dataclass
@@ -94,10 +108,7 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     show.plan(full=planned.config.dry_run)
     if planned.config.dry_run:
         return planned
-    try:
-        write_sweep(planned)
-    except OSError as error:
-        raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
+    begin(planned)
     setting = Setting(
         Store(planned.store.root, planned.store.lease_timeout),
         planned.config.resources,
@@ -109,7 +120,8 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
         pool = Inline(setting) if inline else Workers(setting)
         try:
             with show:
-                outcomes = run(planned, pool, show)
+                new = [stage for stage in planned.graph.stages.values() if not planned.verdicts[stage.id].reused]
+                outcomes = run(new, planned.store, pool, show, retries=planned.config.resources.retries)
         finally:
             pool.close()
     if not inline:
@@ -124,19 +136,54 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     return planned
 
 
-def run(planned: Planned, pool: Workers | Inline, show: Show) -> dict[str, Outcome]:
-    """Every stage that is not in the store, as soon as its inputs are, on as many workers as there are."""
-    stages = planned.graph.stages
+def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: bool) -> Planned:
+    """Plans members and submits what is missing to Slurm; with `wait`, stays until it has ended.
+
+    Raises Failed when a stage failed while it stayed.
+    """
+    from evolve import slurm, status
+
+    planned = plan_members(configs, overrides)
+    show = Show(planned)
+    show.plan(full=planned.config.dry_run)
+    if planned.config.dry_run:
+        show.jobs(slurm.preview(planned))
+        return planned
+    begin(planned)
+    show.submitted(slurm.submit(planned))
+    if wait:
+        found = status.watch(planned.folder)
+        lost = [stage_id for stage_id, state in found.items() if state.state != "done"]
+        if lost:
+            raise Failed(f"{len(lost)} stages were not made; the lines above say why, and the same command tries again")
+    if all(planned.store.record(stage) is not None for stage in planned.graph.stages.values()):
+        report(planned)
+    return planned
+
+
+def begin(planned: Planned) -> None:
+    """The sweep's folder. Raises ConfigError where it can't be written."""
+    try:
+        write_sweep(planned)
+    except OSError as error:
+        raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
+
+
+def run(
+    stages: Sequence[Stage], store: Store, pool: Workers | Inline, watch: Watch, *, retries: int, patient: bool = True
+) -> dict[str, Outcome]:
+    """Stages that are not in the store, inputs first: each once its inputs are there, on as many workers as there are.
+
+    patient: whether a stage that another process makes is waited for. Raises Busy where not, once the others are done.
+    """
+    named = {stage.id: stage for stage in stages}
     outcomes: dict[str, Outcome] = {}
-    waiting: dict[str, set[str]] = {}
+    waiting = {stage.id: {item.id for item in stage.stages if item.id in named} for stage in stages}
     dependants: dict[str, list[str]] = defaultdict(list)
-    for stage in stages.values():
-        if planned.verdicts[stage.id].reused:
-            continue
-        waiting[stage.id] = {item.id for item in stage.stages if not planned.verdicts[item.id].reused}
-        for need in waiting[stage.id]:
-            dependants[need].append(stage.id)
-    order = {stage_id: number for number, stage_id in enumerate(stages)}
+    for stage_id, needs in waiting.items():
+        for need in needs:
+            dependants[need].append(stage_id)
+    order = {stage_id: number for number, stage_id in enumerate(named)}
     ready = [stage_id for stage_id, needs in waiting.items() if not needs]
     running: set[str] = set()
     again: dict[str, float] = {}  # held by another process: when to look again
@@ -144,7 +191,7 @@ def run(planned: Planned, pool: Workers | Inline, show: Show) -> dict[str, Outco
 
     def finish(stage_id: str, outcome: Outcome) -> None:
         outcomes[stage_id] = outcome
-        show.finished(stages[stage_id], outcome)
+        watch.finished(named[stage_id], outcome)
         for dependant in dependants[stage_id]:
             if dependant in outcomes:
                 continue
@@ -159,7 +206,7 @@ def run(planned: Planned, pool: Workers | Inline, show: Show) -> dict[str, Outco
         now = time.time()
         for stage_id in [stage_id for stage_id, when in again.items() if when <= now]:
             del again[stage_id]
-            if planned.store.record(stages[stage_id]) is not None:
+            if store.record(named[stage_id]) is not None:
                 finish(stage_id, Outcome("reused"))
             else:
                 ready.append(stage_id)
@@ -167,19 +214,21 @@ def run(planned: Planned, pool: Workers | Inline, show: Show) -> dict[str, Outco
         while ready and pool.free:
             stage_id = ready.pop(0)
             running.add(stage_id)
-            show.started(stages[stage_id])
-            pool.start(stages[stage_id])
+            watch.started(named[stage_id])
+            pool.start(named[stage_id])
+        if again and not running and not patient:
+            raise Busy(next(iter(again)))
         for stage_id, news in pool.wait(0.2):
             if isinstance(news, workers.Progress):
-                show.progress(stages[stage_id], news)
+                watch.progress(named[stage_id], news)
                 continue
             running.discard(stage_id)
             if news.status == "busy":
-                show.held(stages[stage_id])
+                watch.held(named[stage_id])
                 again[stage_id] = time.time() + 0.5
-            elif news.status == "failed" and tries[stage_id] < planned.config.resources.retries:
+            elif news.status == "failed" and tries[stage_id] < retries:
                 tries[stage_id] += 1
-                show.retried(stages[stage_id], news)
+                watch.retried(named[stage_id], news)
                 ready.append(stage_id)
             else:
                 finish(stage_id, news)
@@ -191,6 +240,8 @@ def write_sweep(planned: Planned) -> None:
     planned.folder.mkdir(parents=True, exist_ok=True)
     content = {
         "store": os.path.relpath(planned.store.root, planned.folder),
+        "lease_timeout": planned.store.lease_timeout,
+        "needs": {stage.id: [item.id for item in stage.stages] for stage in planned.graph.stages.values()},
         "members": [plan.describe(member) for member in planned.graph.members],
     }
     temporary = planned.folder / f".sweep.json-{os.getpid()}"

@@ -27,7 +27,11 @@ def member(composed: DictConfig) -> float | None:
     job = HydraConfig.get()
     alone = job.mode == RunMode.RUN
     try:
-        planned = launch.sweep([config.load(composed)], [list(job.overrides.task)], inline=not alone)
+        configs, overrides = [config.load(composed)], [list(job.overrides.task)]
+        if alone and job.launcher._target_.endswith(".SlurmLauncher"):
+            planned = launch.submit(configs, overrides, job.launcher.wait)
+        else:
+            planned = launch.sweep(configs, overrides, inline=not alone)
     except (config.ConfigError, launch.Failed) as error:
         if not alone:
             raise

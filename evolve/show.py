@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from evolve.store import Stage
 
 if TYPE_CHECKING:
     from evolve.launch import Planned
+    from evolve.slurm import Submission
     from evolve.workers import Outcome, Progress
 
 
@@ -131,6 +133,24 @@ class Show:
             self.console.print(f"new     {count:4d}  {reason}", soft_wrap=True)
         if follow:
             self.console.print(f"new     {follow:4d}  an input is new")
+
+    # ---- jobs of a cluster
+
+    def jobs(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.console.print(f"job     {line}", soft_wrap=True)
+
+    def submitted(self, made: Submission) -> None:
+        there = f"; {made.attached} stages are under way already" if made.attached else ""
+        left = (
+            f"; {made.left} wait for room in the queue, and are submitted when the others have ended"
+            if made.left
+            else ""
+        )
+        if made.jobs or there or left:
+            self.console.print(f"jobs    {len(made.jobs)} submitted{there}{left}", soft_wrap=True)
+            self.console.print(f"        python -m evolve.status {self.planned.folder} --watch", soft_wrap=True)
+            self.console.print(f"        python -m evolve.cancel {self.planned.folder}", soft_wrap=True)
 
     # ---- the run
 

@@ -28,6 +28,8 @@ class MemberSweeper(BasicSweeper):
         parsed = parser.parse_overrides([*self._parse_config(), *arguments])
         overrides = [job for batch in self.split_arguments(parsed, None) for job in batch]
         configs = [compose(self.hydra_context, self.config, job) for job in overrides]
+        if isinstance(self.launcher, SlurmLauncher):
+            return launch.submit(configs, overrides, self.launcher.wait)
         if isinstance(self.launcher, LocalLauncher) or all(member.dry_run for member in configs):
             return launch.sweep(configs, overrides)
         planned = launch.plan_members(configs, overrides)
@@ -46,11 +48,27 @@ class LocalLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """For sweepers that search: runs a batch, and returns each member's last refined reward."""
         configs = [compose(self.hydra_context, self.config, job) for job in job_overrides]
-        planned = launch.sweep(configs, [list(job) for job in job_overrides])
-        return [
-            JobReturn(overrides=job, status=JobStatus.COMPLETED, _return_value=launch.objective(planned, number))
-            for number, job in enumerate(job_overrides)
-        ]
+        return returns(launch.sweep(configs, [list(job) for job in job_overrides]), job_overrides)
+
+
+class SlurmLauncher(LocalLauncher):
+    """All members as one graph of Slurm jobs. `wait`: whether the command stays until they have ended."""
+
+    def __init__(self, wait: bool):
+        self.wait = wait
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """For sweepers that search, which have to see how a batch did before they say what comes next."""
+        configs = [compose(self.hydra_context, self.config, job) for job in job_overrides]
+        return returns(launch.submit(configs, [list(job) for job in job_overrides], wait=True), job_overrides)
+
+
+def returns(planned: launch.Planned, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
+    """Each member's objective, for a sweeper that searches."""
+    return [
+        JobReturn(overrides=job, status=JobStatus.COMPLETED, _return_value=launch.objective(planned, number))
+        for number, job in enumerate(job_overrides)
+    ]
 
 
 def compose(context: HydraContext, base: DictConfig, overrides: Sequence[str]) -> config.Config:

@@ -1,9 +1,9 @@
 """The typed configuration: what Hydra composed, checked and frozen.
 
 DictConfig ends in this file. Every section of conf/ is a frozen model of this package: the method's (method.py), what
-generates (engines.py), what is measured (evaluation.py), and the whole with what its settings contradict (tree.py). A
-wrong key, type, value or combination raises `ConfigError`, one line that names the key, the value and the choices,
-before any work is done.
+generates (engines.py), what is measured (evaluation.py), where it runs (resources.py), and the whole with what its
+settings contradict (tree.py). A wrong key, type, value or combination raises `ConfigError`, one line that names the
+key, the value and the choices, before any work is done.
 
 A field marked `RUNTIME` says where and how a stage runs (devices, micro-batches, folders), never what comes out of it:
 it stays out of every stage's identity. A field that has a default here was added after the first records were made;
@@ -50,8 +50,9 @@ from evolve.config.method import (
     Trainer,
     accumulation,
 )
+from evolve.config.resources import Need, Resources, Slurm
 from evolve.config.section import CONF, HERE, ROOT, RUNTIME, ConfigError, Section, find, refuse
-from evolve.config.tree import Config, Resources, Wandb
+from evolve.config.tree import Config, Wandb
 
 __all__ = [
     "CONF",
@@ -75,6 +76,7 @@ __all__ = [
     "Lora",
     "Loss",
     "Model",
+    "Need",
     "NoJudge",
     "Optimiser",
     "PolicyGradient",
@@ -86,6 +88,7 @@ __all__ = [
     "Sampling",
     "Section",
     "Server",
+    "Slurm",
     "StandIn",
     "Stop",
     "Strategy",

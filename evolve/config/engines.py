@@ -23,6 +23,11 @@ class HF(Section):
     memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
 
     @property
+    def gpus(self) -> int:
+        """How many GPUs it uses, where there are some."""
+        return self.processes
+
+    @property
     def shards(self) -> dict[str, Any]:
         """How a stage is dealt to processes (parts.run)."""
         return {"processes": self.processes, "retries": self.retries}
@@ -39,6 +44,11 @@ class VLLM(Section):
     processes: Annotated[Positive, RUNTIME] = 1
     retries: Annotated[Count, RUNTIME] = 1
     memory_share: Annotated[float, Field(gt=0, le=1), RUNTIME] = 0.9
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it uses."""
+        return self.processes * self.tensor_parallel
 
     @property
     def shards(self) -> dict[str, Any]:
@@ -64,6 +74,11 @@ class Server(Section):
     batch_size: Annotated[Positive, RUNTIME]
     timeout: Annotated[Rate, RUNTIME]
     retries: Annotated[Count, RUNTIME]
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it uses on the machine that asks: a server that is started there is taken to use one."""
+        return int(self.serve is not None)
 
     @property
     def shards(self) -> dict[str, Any]:

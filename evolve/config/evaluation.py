@@ -94,6 +94,11 @@ class Endpoint(Section):
     price: Annotated[Price | None, RUNTIME] = None
     max_dollars: Annotated[Rate | None, RUNTIME] = None
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it uses on the machine that asks: a server that is started there is taken to use one."""
+        return int(self.serve is not None)
+
     @field_validator("model", mode="before")
     @classmethod
     def _is_named(cls, model: Any) -> Any:

@@ -20,15 +20,8 @@ from evolve.config.method import (
     Template,
     Trainer,
 )
-from evolve.config.section import RUNTIME, Count, Positive, Section, Seed, refuse
-
-
-class Resources(Section):
-    workers: Positive
-    threads: Positive
-    device: Literal["auto", "cpu", "cuda"]
-    retries: Count
-    lease_timeout: Annotated[float, Field(ge=5)]
+from evolve.config.resources import Resources
+from evolve.config.section import RUNTIME, Section, Seed, refuse
 
 
 class Wandb(Section):

@@ -48,6 +48,7 @@ KINDS = (
     "evaluate",
     "overlap",
 )
+LIGHT = ("data", "questions", "pair", "evaluate", "overlap")  # they take seconds, and no GPU
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class Fitting(Section):
     @property
     def ranks(self) -> int:
         """How many processes, each with a device, run the stage together (ranks.py)."""
+        return self.optimiser.devices
+
+    @property
+    def gpus(self) -> int:
         return self.optimiser.devices
 
 

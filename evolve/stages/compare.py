@@ -41,6 +41,12 @@ class Config(Section):
     endpoint: Endpoint | None
     scorer: score.Config | None  # in a judge's place: the answer with the higher score is the better one
 
+    @property
+    def gpus(self) -> int:
+        judge = self.endpoint or self.scorer
+        assert judge is not None
+        return judge.gpus
+
     @model_validator(mode="after")
     def _has_one_judge(self) -> Config:
         if (self.endpoint is None) == (self.scorer is None):

@@ -32,6 +32,10 @@ class Config(Section):
     seed: int
     until: tuple[str, ...] = ()  # strings before which an answer ends
 
+    @property
+    def gpus(self) -> int:
+        return self.engine.gpus
+
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:
     from evolve import templates

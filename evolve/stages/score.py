@@ -31,6 +31,16 @@ class Config(Section):
     seed: int | None = None  # of a judge
 
     @property
+    def gpus(self) -> int:
+        if self.judge is not None:
+            return self.judge.engine.gpus
+        return 0 if self.scorer == "verifier" else self.processes
+
+    @property
+    def light(self) -> bool:
+        return self.scorer == "verifier"
+
+    @property
     def shards(self) -> dict[str, Any]:
         """How a stage is dealt to processes (parts.run)."""
         if self.judge is not None:

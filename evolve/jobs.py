@@ -1,0 +1,117 @@
+"""Stages -> jobs of a cluster: a few stages that run one after another, with the same resources.
+
+    respond -> score -> pair -> reference, reference -> train        one job, where all of them want the same
+    [respond] -> [score, pair] -> [reference, reference] -> [train]  where generating, scoring and training differ
+
+A job whose results only one other job needs, and which wants the same as that one, is made part of it. So a job has one
+stage that others build on, its last, and `afterok` between jobs says just what stages need of one another: where a
+stage fails, nothing stops that could have run. Stages that take seconds and no GPU go with whichever neighbour.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from evolve.config import Need, Resources
+from evolve.stages import LIGHT
+from evolve.store import Stage, digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """Stages in the order they run in, and what the job gets."""
+
+    stages: tuple[Stage, ...]
+    need: Need
+
+    @cached_property
+    def key(self) -> str:
+        return digest([stage.id for stage in self.stages])[:16]
+
+    @cached_property
+    def inputs(self) -> frozenset[str]:
+        """Ids of the stages that it builds on and doesn't make."""
+        own = {stage.id for stage in self.stages}
+        return frozenset(item.id for stage in self.stages for item in stage.stages if item.id not in own)
+
+    @property
+    def minutes(self) -> int:
+        return self.need.minutes
+
+
+def light(stage: Stage) -> bool:
+    return bool(getattr(stage.config, "light", stage.kind in LIGHT))
+
+
+def gpus(stage: Stage) -> int:
+    """How many GPUs a stage uses, on a machine that has some."""
+    return int(getattr(stage.config, "gpus", 0 if light(stage) else 1))
+
+
+def need(stage: Stage, resources: Resources) -> Need | None:
+    """What a stage's job gets, the number of GPUs as well; None for one that goes with a neighbour."""
+    assert resources.slurm is not None
+    table = resources.slurm.needs
+    if light(stage) and stage.kind not in table:
+        return None
+    found = table.get(stage.kind, table["default"])
+    if found.gpus is not None:
+        return found
+    return found.model_copy(update={"gpus": 0 if resources.device == "cpu" else gpus(stage)})
+
+
+def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
+    """Jobs for stages, both in an order where inputs come first. Inputs that aren't among the stages come from outside.
+
+    The time limit of a job is the sum of its stages'.
+    """
+    assert resources.slurm is not None
+    ordered = list(stages)
+    place = {stage.id: number for number, stage in enumerate(ordered)}
+    consumers: dict[str, set[str]] = defaultdict(set)
+    for stage in ordered:
+        for item in stage.stages:
+            if item.id in place:
+                consumers[item.id].add(stage.id)
+    of = {stage.id: stage.id for stage in ordered}  # the stage that a stage's job ends with
+    held: dict[str, list[Stage]] = {stage.id: [stage] for stage in ordered}
+    wants = {stage.id: need(stage, resources) for stage in ordered}
+    for stage in reversed(ordered):
+        ends = {of[consumer] for consumer in consumers[stage.id]}
+        if len(ends) != 1:
+            continue
+        [end] = ends
+        mine, theirs = wants[stage.id], wants[end]
+        if mine is None or theirs is None or _alike(mine, theirs):
+            of[stage.id] = end
+            held[end].append(stage)
+            wants[end] = theirs if mine is None else mine
+            del held[stage.id], wants[stage.id]
+    small = resources.slurm.needs["small"]
+    # What many jobs need and takes seconds, of the same sources: together, or each would wait in the queue by itself.
+    first: dict[frozenset[str], str] = {}
+    for end, members in list(held.items()):
+        if all(wants[end] is None and not item.stages for item in members):
+            kept = first.setdefault(members[0].roots, end)
+            if kept != end:
+                held[kept] += held.pop(end)
+    jobs = []
+    for end, members in held.items():
+        members.sort(key=lambda stage: place[stage.id])
+        found = wants[end] or small
+        minutes = sum((need(stage, resources) or small).minutes if not light(stage) else 0 for stage in members)
+        jobs.append(Job(tuple(members), found.model_copy(update={"minutes": max(minutes, small.minutes)})))
+    return jobs
+
+
+def _alike(one: Need, other: Need) -> bool:
+    return one.model_copy(update={"minutes": 1}) == other.model_copy(update={"minutes": 1})
+
+
+def after(jobs: Collection[Job]) -> dict[str, set[str]]:
+    """By job's key: the keys of the jobs that it waits for."""
+    maker = {stage.id: job.key for job in jobs for stage in job.stages}
+    return {job.key: {maker[item] for item in job.inputs if item in maker} for job in jobs}

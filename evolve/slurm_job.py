@@ -1,0 +1,164 @@
+"""What a job does under Slurm: its stages one after another, and what becomes of it where it can't go on.
+
+    a stage fails            tried again as resources.retries says, then the job fails, and Slurm cancels what needs it
+    another process has it   the job goes back into the queue: nothing is held while it waits
+    time-out, preemption     signalled: workers stop, the job goes back and goes on from the last checkpoint
+    node failure, SIGKILL    Slurm puts it back into the queue
+
+A job that comes back finds in the store what it finished. `events.jsonl` in its folder says what happened, for status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evolve.store import Stage
+from evolve.workers import Outcome, Progress, Setting, Workers
+
+PATIENCE = 3  # time-outs in a row without any progress after which a job has failed
+
+
+class Events:
+    """What happens in a job, a line each, and how far its stage is: what status shows."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._shown = 0.0
+
+    def add(self, event: str, **about: Any) -> None:
+        job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        line = {"time": round(time.time(), 1), "event": event, "job": job, "restarts": restarts, **about}
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
+
+    # what launch.run tells whoever watches
+
+    def started(self, stage: Stage) -> None:
+        self.add("stage", stage=stage.id)
+
+    def progress(self, stage: Stage, news: Progress) -> None:
+        if time.time() - self._shown > 5:
+            self._shown = time.time()
+            content = {"stage": stage.id, "done": news.done, "total": news.total, "time": self._shown}
+            (self.folder / ".progress").write_text(json.dumps(content))
+            (self.folder / ".progress").rename(self.folder / "progress.json")
+
+    def held(self, stage: Stage) -> None:
+        self.add("held", stage=stage.id)
+
+    def retried(self, stage: Stage, outcome: Outcome) -> None:
+        self.add("again", stage=stage.id, message=outcome.message)
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        self.add(outcome.status, stage=stage.id, message=outcome.message, log=str(outcome.log or ""))
+
+
+@dataclass
+class Run:
+    """The stages of a job; called in it by submitit, which also calls `checkpoint` when the job is to go."""
+
+    stages: tuple[Stage, ...]
+    setting: Setting
+    folder: Path
+    pool: Any = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pool": None}
+
+    def __call__(self) -> None:
+        from evolve import launch
+
+        events = Events(self.folder)
+        events.add("start", node=socket.gethostname())
+        store = self.setting.store
+        todo = [stage for stage in self.stages if store.record(stage) is None]
+        self.pool = Workers(self.setting)
+        try:
+            outcomes = launch.run(todo, store, self.pool, events, retries=self.setting.resources.retries, patient=False)
+        except launch.Busy as held:
+            self.pool.close()
+            events.add("back", message=f"{held} is being made by another process")
+            requeue()
+        self.pool.close()
+        failed = [stage_id for stage_id, outcome in outcomes.items() if outcome.status == "failed"]
+        if failed:
+            raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
+        events.add("end")
+
+    def checkpoint(self) -> Any:
+        """Told to go: what is running stops, and goes on from its checkpoint when the job comes back."""
+        from submitit.helpers import DelayedSubmission
+
+        # scontrol inherits it: what asks for the requeue must not die of the signal that the requeue sends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        events = Events(self.folder)
+        if self.pool is not None:
+            self.pool.close()
+        if self._stuck():
+            minutes = "resources.slurm.needs.*.minutes"
+            message = (
+                f"was told to go {PATIENCE} times and had got nowhere since the time before; is {minutes} too small?"
+            )
+            events.add("failed", stage=self._next(), message=message)
+            return None
+        events.add("back", message="told to go: time limit or preemption")
+        return DelayedSubmission(self)
+
+    def _next(self) -> str:
+        store = self.setting.store
+        return next((stage.id for stage in self.stages if store.record(stage) is None), self.stages[-1].id)
+
+    def _stuck(self) -> bool:
+        """Whether nothing was finished or kept since the job was last told to go, several times in a row."""
+        store = self.setting.store
+        kept = []
+        for stage in self.stages:
+            files = sorted(store.partial(stage.id).rglob("*"))
+            kept.append(
+                [str(store.record(stage) is not None), *(f"{file} {file.stat().st_mtime_ns}" for file in files)]
+            )
+        path = self.folder / "requeues.json"
+        seen: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"kept": None, "times": 0}
+        times = seen["times"] + 1 if seen["kept"] == kept else 1
+        path.write_text(json.dumps({"kept": kept, "times": times}))
+        return times >= PATIENCE
+
+
+@dataclass
+class Rest:
+    """Submits what a site's limits left over of a plan."""
+
+    plan: Path
+
+    def __call__(self) -> None:
+        from evolve import slurm
+
+        for name in list(os.environ):  # of this job: the jobs it submits have their own
+            if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "SRUN_")) and name != "SLURM_CONF":
+                del os.environ[name]
+        made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
+        print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def requeue() -> None:
+    """Back into the queue; Slurm ends this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
+    time.sleep(30)
+    sys.exit(1)
