@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from evolve.config import ConfigError
 from evolve.show import console, duration
@@ -26,6 +27,12 @@ STYLE = {
     "blocked": "red",
     "missing": "magenta",
     "done": "green",
+}
+INSIDE = "its job runs"
+WHY = {
+    "Dependency": "for the results of other jobs",
+    "": "to be looked at",
+    "BeginTime": "back in the queue, for two minutes",
 }
 
 
@@ -108,7 +115,7 @@ def states(sweep: Sweep) -> dict[str, State]:
                 )
             else:
                 why = live.reason if live.state == "PENDING" and live.reason not in ("None", "") else ""
-                found[stage] = State("waiting", live.id, shown, why if live.state == "PENDING" else "its job runs")
+                found[stage] = State("waiting", live.id, shown, why if live.state == "PENDING" else INSIDE)
         elif lease.exists() and not Lease.is_stale(lease, sweep.store.lease_timeout):
             found[stage] = State("running", None, shown)
         elif message := events.get("failed", {}).get(stage):
@@ -156,30 +163,31 @@ def show(sweep: Sweep, found: Mapping[str, State], most: int = 20) -> None:
     out.print(f"sweep   {sweep.folder}", soft_wrap=True)
     out.print("stages  " + ", ".join(f"{count[state]} {state}" for state in reversed(ORDER) if count[state]))
     phases = list(dict.fromkeys(step["phase"] for member in sweep.members for step in member["steps"]))
-    table = Table("member", *phases)
+    table = Table("member", *phases, title="stages that are done, of how many", title_justify="left")
     for member in sweep.members[:most]:
         cells = []
         for phase in phases:
             here = Counter(found[step["id"]].state for step in member["steps"] if step["phase"] == phase)
-            worst = next((state for state in ORDER if here[state]), None)
-            text = " ".join(f"{here[state]} {state}" for state in ORDER if here[state]) or "-"
-            cells.append(f"[{STYLE[worst]}]{text}[/]" if worst else text)
+            worst = next((state for state in ORDER if here[state]), "done")
+            text = f"{here['done']}/{here.total()}" if here else "-"
+            cells.append(Text(text if worst in ("done", "waiting") else f"{text} {worst}", style=STYLE[worst]))
         table.add_row(member["name"], *cells)
-    out.print(table, markup=True)
+    out.print(table)
     if len(sweep.members) > most:
-        out.print(f"        and {len(sweep.members) - most} members more")
-    for state in ORDER[:-1]:
+        out.print(f"        and {len(sweep.members) - most} more members")
+    for state in ("running", "failed", "missing"):
         these = [(stage, one) for stage, one in found.items() if one.state == state]
-        if state == "blocked":
-            continue
         for stage, one in these[:most]:
             job = f"  job {one.job}" if one.job else ""
             words = "  ".join(part for part in (one.progress, one.message) if part)
-            out.print(f"{state:8}{stage}{job}  {words}", style=STYLE[state], soft_wrap=True)
-            if state == "failed" and one.log:
-                out.print(f"        log: {one.log}", soft_wrap=True)
+            out.print(f"{state:8}{stage}{job}  {words}".rstrip(), style=STYLE[state], soft_wrap=True)
+            if one.log:
+                out.print(f"        {one.log}", soft_wrap=True)
         if len(these) > most:
             out.print(f"{state:8}and {len(these) - most} more")
+    jobs = {one.job: one.message for one in found.values() if one.state == "waiting" and one.message != INSIDE}
+    for why, number in Counter(jobs.values()).most_common():
+        out.print(f"waiting {number} jobs: {WHY.get(why, why)}", style=STYLE["waiting"])
 
 
 def watch(folder: Path, every: float = 5.0) -> dict[str, State]:

@@ -260,7 +260,7 @@ class Workers:
     def close(self) -> None:
         """Stops all workers; what they were building is dropped, what they committed stays."""
         for worker in self._workers:
-            worker.process.terminate()
+            worker.process.terminate() if worker.stage else worker.process.kill()  # it has nothing to give back
         deadline = time.time() + 5
         for worker in self._workers:
             worker.process.join(max(0.0, deadline - time.time()))

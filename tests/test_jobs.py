@@ -1,0 +1,162 @@
+"""Stages as jobs: every stage in one job, after what it needs, and nothing held up by what it doesn't need."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve import jobs
+from evolve.config import Need, Resources, Section, Slurm
+from evolve.stages import KINDS
+from evolve.store import Source, Stage
+
+HEAVY = ("respond", "score", "reference", "train")
+
+
+class Settings(Section):
+    number: int
+    gpus: int = 1
+
+
+def resources(**needs: Need) -> Resources:
+    slurm = Slurm(
+        partition=None,
+        account=None,
+        qos=None,
+        constraint=None,
+        options={},
+        setup=(),
+        python=None,
+        signal_seconds=60,
+        max_jobs=None,
+        needs=needs,
+    )
+    return Resources(workers=1, threads=1, device="auto", retries=0, lease_timeout=60, slurm=slurm)
+
+
+@st.composite
+def graphs(draw) -> list[Stage]:
+    """Stages of any kinds, each built on some before it or on one of two sources."""
+    made: list[Stage] = []
+    for number in range(draw(st.integers(1, 25))):
+        kind = draw(st.sampled_from(KINDS))
+        inputs = draw(st.lists(st.sampled_from(made), max_size=3)) if made else []
+        named = {f"input_{place}": item for place, item in enumerate(inputs)}
+        source = Source("data", "somewhere", draw(st.sampled_from("ab")))
+        config = Settings(number=number, gpus=draw(st.integers(0, 2)))
+        made.append(Stage(kind, 1, config, named or {"data": source}))
+    return made
+
+
+def stage(kind: str, *inputs: Stage, gpus: int = 1, number: int = 0) -> Stage:
+    named = {f"input_{place}": item for place, item in enumerate(inputs)}
+    return Stage(kind, 1, Settings(number=number, gpus=gpus), named or {"data": Source("data", "x", "x")})
+
+
+def kinds(made: list[jobs.Job]) -> list[list[str]]:
+    return [[stage.kind for stage in job.stages] for job in made]
+
+
+@given(graphs())
+def test_every_stage_is_in_one_job_after_its_inputs(graph):
+    made = jobs.group(graph, resources())
+    seen: set[str] = set()
+    for job in made:
+        for item in job.stages:
+            assert {needed.id for needed in item.stages} <= seen
+            assert item.id not in seen
+            seen.add(item.id)
+    assert seen == {item.id for item in graph}
+
+
+@given(graphs())
+def test_a_job_that_others_wait_for_is_needed_whole(graph):
+    """So `afterok` holds nothing up: what a job's last stage stands for is all that others take of it."""
+    made = jobs.group(graph, resources())
+    for job in made:
+        *first, last = job.stages
+        heavy = any(not jobs.light(item) for item in job.stages)
+        for other in made:
+            if other is not job and (heavy or job.inputs):
+                assert not other.inputs & {item.id for item in first}
+        if heavy or job.inputs:  # and its last stage needs all of its own
+            above: set[str] = set()
+            todo = [last]
+            while todo:
+                item = todo.pop()
+                above.add(item.id)
+                todo += [needed for needed in item.stages if needed in job.stages]
+            assert above == {item.id for item in job.stages}
+
+
+@given(graphs())
+def test_stages_of_a_job_want_the_same(graph):
+    for job in jobs.group(graph, resources(train=Need(gpus=8, memory="400G"))):
+        wants = {
+            want.model_copy(update={"minutes": 1}).model_dump_json()
+            for item in job.stages
+            if (want := jobs.need(item, resources(train=Need(gpus=8, memory="400G"))))
+        }
+        assert len(wants) <= 1
+
+
+def test_what_is_there_already_is_nobodys():
+    made = stage("respond")
+    scored = stage("score", made)
+    [job] = jobs.group([scored], resources())
+    assert job.stages == (scored,) and job.inputs == {made.id}
+
+
+def test_an_iteration_where_all_want_the_same_is_one_job():
+    answers = stage("respond")
+    scores = stage("score", answers)
+    pairs = stage("pair", answers, scores)
+    references = [stage("reference", pairs, number=number) for number in range(2)]
+    trained = stage("train", pairs, *references)
+    graph = [answers, scores, pairs, *references, trained]
+    assert kinds(jobs.group(graph, resources())) == [[item.kind for item in graph]]
+
+
+def test_resources_part_an_iteration():
+    """Training gets eight GPUs; pairs of answers, which take a second, go with the scores."""
+    answers = stage("respond")
+    scores = stage("score", answers)
+    pairs = stage("pair", answers, scores)
+    reference = stage("reference", pairs)
+    trained = stage("train", pairs, reference, gpus=8)
+    made = jobs.group([answers, scores, pairs, reference, trained], resources())
+    assert kinds(made) == [["respond", "score", "pair"], ["reference"], ["train"]]
+    assert [job.need.gpus for job in made] == [1, 1, 8]
+    assert jobs.after(made)[made[2].key] == {made[0].key, made[1].key}
+
+
+def test_a_judge_behind_a_server_holds_no_gpu():
+    answers = stage("respond")
+    verdicts = stage("compare", answers, gpus=0)
+    measured = stage("evaluate", answers, verdicts)
+    made = jobs.group([answers, verdicts, measured], resources())
+    assert kinds(made) == [["respond"], ["compare", "evaluate"]]
+    assert [job.need.gpus for job in made] == [1, 0]
+
+
+def test_slices_of_one_data_set_are_one_small_job():
+    """But for one that a single job needs, which makes it itself."""
+    slices = [stage("data", number=number) for number in range(4)]
+    users = [stage("respond", *slices[:3], number=number) for number in range(2)]
+    made = jobs.group([*slices, *users, stage("train", slices[3])], resources())
+    assert kinds(made) == [["data"] * 3, ["respond"], ["respond"], ["data", "train"]]
+    assert made[0].need == resources().slurm.needs["small"]
+
+
+def test_minutes_are_for_all_of_a_jobs_stages():
+    answers = stage("respond")
+    made = jobs.group([answers, stage("score", answers)], resources(default=Need(minutes=50), small=Need(minutes=5)))
+    assert [job.need.minutes for job in made] == [100]
+
+
+@pytest.mark.parametrize("device, gpus", [("auto", 2), ("cpu", 0)])
+def test_gpus_are_those_that_a_stage_uses_where_there_are_some(device, gpus):
+    asked = resources().model_copy(update={"device": device})
+    [job] = jobs.group([stage("train", gpus=2)], asked)
+    assert job.need.gpus == gpus
