@@ -244,7 +244,8 @@ class Cluster:
             if not self._alive(name) or time.monotonic() > end:
                 said = [line for log in sorted(self.logs.glob(f"{name}.*")) for line in log.read_text().splitlines()]
                 state = "did not come up" if self._alive(name) else "ended"
-                raise RuntimeError("\n".join([f"{name} {state}; its logs are in {self.logs}:", *said[-20:]]))
+                nodes = self.run("sinfo", "--Node", "--format=%N %T %E", check=False).stdout
+                raise RuntimeError("\n".join([f"{name} {state}; its logs are in {self.logs}:", *said[-20:], nodes]))
             time.sleep(0.02)
 
     def _start_munge(self) -> None:
