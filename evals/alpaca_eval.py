@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -179,6 +179,8 @@ def measure(
     difficulty: str | None = None,
     gamed: str | None = None,
     length_controlled: bool = True,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
     """Metrics by judged turn. A length-controlled win rate that can't be had is None, and its turn says why.
 
@@ -188,6 +190,7 @@ def measure(
         verdicts: {"id", "verdicts": {"1": [preference or None], ...}} for each question; [] where nothing was asked.
         protocol: judge, `protocol`, strategy ...: what a number must be quoted with.
         difficulty, gamed: files as in length_control.load.
+        replies, judge: what was said and by whom, for the records.
 
     Raises ValueError if no answer of a turn has a preference.
     """
@@ -220,7 +223,8 @@ def measure(
     }
     # The fit's values by prompt are not among the items: paired, they would leave out that the fit might be another.
     items = {"direct": {"win_rate": points[0]}, "refined": {"win_rate": points[-1]}, "gain": {"win_rate": won}}
-    return Measured({"benchmark": "alpaca_eval", "protocol": protocol, "turns": metrics, "gain": gain}, dropped, items)
+    result = {"benchmark": "alpaca_eval", "protocol": protocol, "turns": metrics, "gain": gain}
+    return Measured(result, dropped, items, partial(_records, questions, answers, verdicts, replies or {}, judge))
 
 
 def games(
@@ -303,15 +307,13 @@ def win_rate(preferences: Sequence[float]) -> dict[str, Any]:
     return {key: None if math.isnan(value) else int(value) if key in counts else value for key, value in found.items()}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
     judge: str,
-    **_: Any,
+    out: Path,
 ) -> None:
     """Writes annotations_turn_N.json of each judged turn, in the package's form."""
     from evals import alpaca_annotations

@@ -26,7 +26,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -220,6 +220,8 @@ def measure(
     *,
     version: str = "v0.1",
     template: str | None = None,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
     """The score of each turn that was judged, and the gain of the last over the first.
 
@@ -227,7 +229,7 @@ def measure(
         questions: rows of `questions`.
         answers: rows of answers.jsonl (id, answers).
         verdicts: rows (id, verdicts: {turn: labels in the order of `asks`, None where there is none}).
-        template: what the judge was asked with; `records` shows it.
+        template: what the judge was asked with; the records show it, with its replies.
         protocol: judge, prompt_hash, baseline, temperature ...: what a number must be quoted with.
 
     Raises:
@@ -272,7 +274,8 @@ def measure(
         kind: {"score": {question: 100 * value for question, value in statistics.by_prompt(side).items()}}
         for kind, side in (("direct", first), ("refined", last))
     }
-    return Measured(result, dropped, items)
+    how = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
+    return Measured(result, dropped, items, partial(_records, questions, answers, verdicts, replies or {}, how))
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -329,16 +332,13 @@ def judgments(
         yield {**head, "games": games}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
-    judge: str,
-    version: str = "v0.1",
-    template: str | None = None,
+    how: Mapping[str, Any],
+    out: Path,
 ) -> None:
     """Writes judgments_turn_N.jsonl of each judged turn, in upstream's form. Games of a stand-in have no text."""
     texts = {
@@ -346,7 +346,6 @@ def records(
         for prompt, turns in replies.items()
     }
     said = [{**row, "replies": texts.get(row["id"], {})} for row in verdicts]
-    how: dict[str, Any] = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
         rows = judgments(questions, answers, said, turn=turn, model=f"turn {turn}", **how)
         with (out / f"judgments_turn_{turn}.jsonl").open("w", encoding="utf-8") as file:
