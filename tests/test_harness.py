@@ -335,7 +335,7 @@ def test_kinds(task, kind, until):
 @pytest.mark.parametrize(
     ("task", "why"),
     [
-        ("humaneval", "runs code that the model wrote"),
+        ("mbpp_plus", "runs what the model wrote; in a sandbox there are humaneval, humaneval_instruct, mbpp"),
         ("leaderboard", "some of its tasks generate and some compare likelihoods"),
         ("gsm8k_cot_self_consistency", "wants 64 answers"),
     ],
