@@ -256,9 +256,10 @@ def _leaves(name: str, index: Mapping[str, Any], above: Mapping[str, Any] = {}) 
 def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """lm-eval's results, and its tasks by name."""
     from langdetect import DetectorFactory
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     DetectorFactory.seed = 0  # IFEval's guess of a language draws: the same answer could be right and then wrong
+    evaluator.add_env_info = _about  # lm-eval's own describes the machine, for most of the time that a run takes
     task = setup.task
     kind(task)
     manager, parts = _find(task)
@@ -277,7 +278,7 @@ def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[st
     chosen = [group] if group else list(loaded["tasks"].values())
     for one in loaded["tasks"].values():
         one.process_results = (lambda doc, results: {}) if more.get("predict_only") else _counted(one)
-    results = simple_evaluate(
+    results = evaluator.simple_evaluate(
         model=model,
         tasks=chosen,
         task_manager=manager,
@@ -289,6 +290,10 @@ def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[st
         **more,
     )
     return results, loaded["tasks"]
+
+
+def _about(results: dict[str, Any]) -> None:
+    results["lm_eval_version"] = version("lm_eval")
 
 
 def _local(setup: Setup, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import socket
 import sys
 import time
 from importlib.util import find_spec
@@ -30,7 +31,8 @@ WRONG = {
     "leaving in a test": "def double(n):\n    raise SystemExit\n\ndouble(4)",
     "saying that all went well": "import os\nfor fd in range(20):\n    os.write(fd, b'ready' + b'0' * 32)\nos._exit(0)",
     "killing its parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)\n1 / 0",
-    "memory": "kept = bytearray(100 * 10**9)",
+    "memory": "kept = bytearray(2**30)",
+    "more memory": "kept = bytearray(100 * 10**9)",
     "a file that is too large": "open('/tmp/file', 'wb').write(bytes(65 * 2**20))",
     "files that are too large": """
 for n in range(100):
@@ -78,14 +80,9 @@ for path in ("/x", "/dev/x", "/dev/shm/x", "/usr/lib/x", {python!r} + "/x", "/pr
 
 
 @needs_sandbox
-@pytest.mark.parametrize("address", [("127.0.0.1", 0), ("1.1.1.1", 53)])
-def test_no_server_is_reached(address):
-    import socket
-
+def test_no_server_is_reached():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        here = server.getsockname() if not address[1] else address
-        program = f"import socket\nsocket.create_connection({here!r}, 2)"
-        assert not sandbox.passes(program)
+        assert not sandbox.passes(f"import socket\nsocket.create_connection({server.getsockname()!r}, 2)")
 
 
 @needs_sandbox
