@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.needs import File
+from evolve import snapshot
 from evolve.config import ConfigError, Data, find
 from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, has_pair, is_file, ordered, read
 from evolve.store import Source, digest, hash_file
@@ -240,13 +241,13 @@ def fetch(source: Source, cache: Path) -> Path:
 
     Raises RuntimeError if a local source has changed since the plan was made.
     """
-    local = Path(source.path)
+    local = snapshot.frozen(Path(source.path))
     if source.path == "embedded":
         return local  # made, not read
     if local.exists():
         resolver = Resolver(cache)
         if source.kind == "model":
-            now = resolver.model(source.path, None, "model.path").digest
+            now = resolver.model(str(local), None, "model.path").digest
         else:
             now = resolver._content(local)
         if now != source.digest:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ROOT = Path(__file__).resolve().parents[2]
+from evolve.snapshot import CHECKOUT, ROOT, frozen
+
 CONF = ROOT / "conf"
 RUNTIME = "runtime"  # metadata of fields that never enter an identity
 HERE = "{here}"  # in the message of a section that stands in several places: where it stands
@@ -36,7 +37,7 @@ class Section(BaseModel):
 
 def find(path: str) -> Path | None:
     """A file or folder by the user's path, from the working directory or else the project's; None where it is not."""
-    for base in (Path.cwd(), ROOT):
+    for base in (Path.cwd(), CHECKOUT):
         candidate = base / os.path.expanduser(path)
         if candidate.exists():
             return candidate.resolve()
@@ -50,7 +51,7 @@ def text_of(section: str, values: Any) -> Any:
         if file is None or not file.is_file():
             raise ValueError(f"{section}.path={values['path']}: no such file")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = frozen(file).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{section}.path={values['path']}: not a text in UTF-8") from None
         except OSError as error:
