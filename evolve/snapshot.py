@@ -39,7 +39,8 @@ def enter() -> None:
     hold()
     words = sys.argv[1:]
     looks = any(word.split("=")[0] in LOOKS or word.lower() == "dry_run=true" for word in words)
-    if _RECORD or looks or os.environ.get("EVOLVE_SNAPSHOT") == "0" or sys.gettrace():
+    debugged = sys.gettrace() or not sys.modules.keys().isdisjoint(("bdb", "pydevd"))
+    if _RECORD or looks or debugged or os.environ.get("EVOLVE_SNAPSHOT") == "0":
         return
     start = sys.orig_argv[1 : len(sys.orig_argv) - len(words)]  # Python's options, then how this file was named
     if start[-2:] == ["-m", "evolve.main"]:
@@ -155,7 +156,12 @@ def environment() -> dict[str, str]:
 
 
 def frozen(path: Path) -> Path:
-    """The copy of a file or folder of the checkout; where there is none, itself."""
+    """The copy of a file or folder of the checkout; where there is none, itself. `path`: absolute."""
     if path.is_relative_to(CHECKOUT) and (copy := ROOT / path.relative_to(CHECKOUT)).exists():
         return copy
     return path
+
+
+def origin(path: Path) -> Path:
+    """What `frozen` was given."""
+    return CHECKOUT / path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

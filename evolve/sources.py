@@ -48,7 +48,7 @@ class Resolver:
             if not any(folder.glob("*.safetensors")):
                 raise ConfigError(f"{key}={path}: no *.safetensors in that folder; other weight formats are not read")
             files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-            return Source("model", str(folder), digest({file.name: self._hash(file) for file in files}))
+            return Source("model", _name(folder), digest({file.name: self._hash(file) for file in files}))
         looks_local = path.count("/") != 1 or path.startswith((".", "/", "~", "weights/", "evolve/", "outputs/"))
         if looks_local:
             made = "; python -m evolve.smollm2 makes it" if path == "weights/smollm2_135m" else ""
@@ -71,7 +71,7 @@ class Resolver:
                 file = find(path)
                 if file is None:
                     raise ConfigError(f"{key}={path}: no such file")
-                self._seen[known] = Source("data", str(file), self._hash(file))
+                self._seen[known] = Source("data", _name(file), self._hash(file))
             else:
                 if path.count("/") != 1 or path.startswith((".", "/", "~")):
                     raise ConfigError(
@@ -92,7 +92,7 @@ class Resolver:
             if file.path == "embedded":
                 self._seen[known] = Source("data", file.path, f"embedded-{EMBEDDED_VERSION}")
             elif local is not None:
-                self._seen[known] = Source("file", str(local), self._content(local))
+                self._seen[known] = Source("file", _name(local), self._content(local))
             elif not inner or file.path.startswith((".", "/", "~")):
                 raise ConfigError(f"{file.key}={file.path}: no such file")
             else:
@@ -234,6 +234,11 @@ class Resolver:
                 f"{key}={name}: not in the local cache, and the hub can't be reached ({type(error).__name__}); "
                 f"give a local folder or file with {key}="
             ) from None
+
+
+def _name(path: Path) -> str:
+    """How records name it: what comes with the project by its place in the checkout, wherever it was read."""
+    return str(snapshot.origin(path))
 
 
 def fetch(source: Source, cache: Path) -> Path:

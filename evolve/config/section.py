@@ -38,9 +38,9 @@ class Section(BaseModel):
 def find(path: str) -> Path | None:
     """A file or folder by the user's path, from the working directory or else the project's; None where it is not."""
     for base in (Path.cwd(), CHECKOUT):
-        candidate = base / os.path.expanduser(path)
+        candidate = frozen((base / os.path.expanduser(path)).resolve())
         if candidate.exists():
-            return candidate.resolve()
+            return candidate
     return None
 
 
@@ -51,7 +51,7 @@ def text_of(section: str, values: Any) -> Any:
         if file is None or not file.is_file():
             raise ValueError(f"{section}.path={values['path']}: no such file")
         try:
-            text = frozen(file).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{section}.path={values['path']}: not a text in UTF-8") from None
         except OSError as error:
