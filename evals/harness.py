@@ -33,7 +33,7 @@ from evals import statistics
 from evals.needs import Measured
 from evolve.store import digest, hash_file
 
-TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
+TASKS = Path(__file__).resolve().parent / "tasks"  # ours; they go before lm-eval's of the same name
 OBJECTIVE = ("refined", "direct")
 EXPLAIN = {"gain": "refined - direct, paired"}
 METRICS = {
@@ -94,7 +94,13 @@ def until(task: str) -> tuple[str, ...]:
 def definition(task: str) -> str:
     """A hash of what the task is: lm-eval's version, its config, and the code of the tasks here."""
     code = {file.name: hash_file(file) for file in sorted(TASKS.iterdir()) if file.is_file()}
-    return digest([version("lm_eval"), json.loads(json.dumps(_parts(task), default=str)), code])[:16]
+    parts = json.dumps(_parts(task), default=str)
+    for folder in (
+        TASKS,
+        _packaged(),
+    ):  # functions are named by their files, whose place on this machine is no part of it
+        parts = parts.replace(json.dumps(f"{folder}{os.sep}")[1:-1], "")
+    return digest([version("lm_eval"), json.loads(parts), code])[:16]
 
 
 def splits(task: str) -> tuple[str, str | None]:
@@ -181,15 +187,20 @@ def _manager(*folders: Path) -> Any:
     return lm_eval.tasks.TaskManager(include_path=[*folders, TASKS], include_defaults=False)
 
 
+def _packaged() -> Path:
+    """The folder of lm-eval's own tasks."""
+    package = find_spec("lm_eval")
+    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
+    return Path(package.origin).resolve().parent / "tasks"
+
+
 @lru_cache
 def _find(task: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     """The manager that knows the task, and the configs of the tasks it consists of, functions unresolved.
 
     All of lm-eval's YAML takes seconds to read: the folder that is named like the task comes first.
     """
-    package = find_spec("lm_eval")
-    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
-    packaged = Path(package.origin).parent / "tasks"
+    packaged = _packaged()
     named = [folder for folder in packaged.iterdir() if task.startswith(folder.name) and folder.is_dir()]
     for folders in ([], [max(named, key=lambda folder: len(folder.name))] if named else [], [packaged]):
         manager = _manager(*folders)
