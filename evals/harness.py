@@ -35,7 +35,7 @@ from evals.needs import Measured
 from evolve import data
 from evolve.store import digest, hash_file
 
-TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
+TASKS = Path(__file__).resolve().parent / "tasks"  # ours; they go before lm-eval's of the same name
 SANDBOXED = ("humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct")  # of ours, those that run what a model wrote
 OBJECTIVE = ("refined", "direct")
 EXPLAIN = {"gain": "refined - direct, paired"}
@@ -214,6 +214,13 @@ def _manager(*folders: Path) -> Any:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant
     return lm_eval.tasks.TaskManager(include_path=[*folders, TASKS], include_defaults=False)
+
+
+def _packaged() -> Path:
+    """The folder of lm-eval's own tasks."""
+    package = find_spec("lm_eval")
+    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
+    return Path(package.origin).resolve().parent / "tasks"
 
 
 @lru_cache

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from conftest import load
 from evals import harness
 from evals.harness import Setup
 from evolve import launch
-from evolve.config import HF, ConfigError, Sampling
+from evolve.config import HF, ROOT, ConfigError, Sampling
 from evolve.stages import Context, ModelSettings, module, read_rows, write_rows
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1)
@@ -47,6 +50,25 @@ def values(measured):
         {name: worth["value"] for name, worth in turn.items() if isinstance(worth, dict)}
         for turn in measured.metrics["turns"]
     ]
+
+
+@pytest.mark.slow
+def test_a_task_is_the_same_wherever_it_lies(tmp_path):
+    """Ours and lm-eval's own, whose configs name functions by the files that they stand in."""
+    tasks = ["math500", "ifeval"]
+    lm_eval = Path(find_spec("lm_eval").origin).parent
+
+    def others(folder, names):  # thousands of files
+        return [name for name in names if folder == str(lm_eval / "tasks") and "." not in name and name not in tasks]
+
+    shutil.copytree(ROOT / "evals", tmp_path / "evals")
+    shutil.copytree(lm_eval, tmp_path / "lm_eval", ignore=others)
+    program = "from evals import harness; print(harness.__file__); print(*map(harness.definition, {tasks}))"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-P", "-c", program.format(tasks=tasks)]
+    env = {**os.environ, "PYTHONPATH": path}
+    told = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert told.split() == [str(tmp_path / "evals" / "harness.py"), *map(harness.definition, tasks)]
 
 
 def test_questions_are_lm_evals_prompts(gsm8k):
