@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -108,6 +109,13 @@ def test_a_controller_that_dies_keeps_its_jobs(cluster, tmp_path):
     assert (job(cluster, held).state, job(cluster, held).reason) == ("PENDING", "JobHeldUser")
 
 
+def test_a_controller_told_to_end_forgets_nothing(cluster):
+    number = cluster.submit("--hold", wrap="true")
+    cluster.kill_controller(orderly=True)
+    cluster.start_controller()
+    assert job(cluster, number).reason == "JobHeldUser"
+
+
 def test_a_failed_dependency_cancels_or_waits_for_ever(cluster):
     failing = cluster.submit("--hold", wrap="exit 3")
     after = f"--dependency=afterok:{failing}"
@@ -189,6 +197,7 @@ def test_a_killed_test_leaves_no_process(cluster, tmp_path):
         assert processes(of)
         test.kill()
     cluster.wait_until(lambda: not processes(of), 10)
+    shutil.rmtree(folder)
 
 
 def test_a_daemon_that_fails_says_why(make_cluster):
