@@ -64,7 +64,8 @@ def test_a_dead_nodes_job_ends_on_another(cluster, tmp_path):
     ran = tmp_path / "ran"
     wrap = f"echo $SLURM_RESTART_COUNT $(hostname) >> {ran}; sleep 2; echo end >> {ran}"
     number = cluster.submit(wrap=wrap)
-    node = comes_to(cluster, number, "RUNNING").node
+    cluster.wait_until(lambda: ran.exists() and ran.read_text().endswith("\n"), 20)
+    node = job(cluster, number).node
     cluster.kill_node(node)
     cluster.wait_until(lambda: job(cluster, number).reason == "BeginTime", 60)  # Slurm has noticed, and holds it
     cluster.hurry()
