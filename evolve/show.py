@@ -30,6 +30,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+ROWS = 40  # of members in a plan's table
+
+
 class Show:
     """The plan, then the run: a context manager around it."""
 
@@ -105,7 +108,7 @@ class Show:
             "member", *phases, title="stages: new + reused, ~ shared with a member above", title_justify="left"
         )
         seen: set[str] = set()
-        for member in graph.members:
+        for member in graph.members[:ROWS]:
             cells = []
             for phase in phases:
                 here = dict.fromkeys(step.stage.id for step in member.steps if step.phase == phase)
@@ -122,6 +125,8 @@ class Show:
             seen |= {step.stage.id for step in member.steps}
             table.add_row(member.name, *cells)
         self.console.print(table)
+        if (more := len(graph.members) - ROWS) > 0:
+            self.console.print(f"        and {more} more members")
 
     def _reasons(self) -> None:
         why = Counter(self.planned.verdicts[stage_id].why for stage_id in self.new)
