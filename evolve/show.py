@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-ROWS = 40  # of members in a plan's table
+ROWS = 40  # of a plan's table of members, and of its reasons
 
 
 class Show:
@@ -132,8 +132,11 @@ class Show:
         why = Counter(self.planned.verdicts[stage_id].why for stage_id in self.new)
         direct = {reason: count for reason, count in why.items() if not reason.startswith("its ")}
         follow = sum(why.values()) - sum(direct.values())
-        for reason, count in sorted(direct.items(), key=lambda item: -item[1]):
+        ordered = sorted(direct.items(), key=lambda item: -item[1])
+        for reason, count in ordered[:ROWS]:
             self.console.print(f"new     {count:4d}  {reason}", soft_wrap=True)
+        if rest := ordered[ROWS:]:
+            self.console.print(f"new     {sum(count for _, count in rest):4d}  {len(rest)} more reasons")
         if follow:
             self.console.print(f"new     {follow:4d}  an input is new")
 

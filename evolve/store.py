@@ -362,7 +362,8 @@ def _sync(path: Path) -> None:
 class Lease:
     """A file that says who builds a stage; held while its process lives and touches it.
 
-    Relies on: link(2) failing if the name exists, rename(2) being atomic, and mtime set by the file server.
+    Relies on: link(2) failing if the name exists, rename(2) being atomic, and mtime set by the file server
+    (docs/design.md, "On a shared file system").
     """
 
     def __init__(self, path: Path, token: str, timeout: float):
