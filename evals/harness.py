@@ -202,13 +202,6 @@ def _shots(config: Mapping[str, Any], shots: int | None) -> int:
 
 
 @lru_cache
-def _packaged() -> Path:
-    package = find_spec("lm_eval")
-    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
-    return Path(package.origin).parent / "tasks"
-
-
-@lru_cache
 def _manager(*folders: Path) -> Any:
     import lm_eval.tasks
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from evals.needs import Asked, Needs
 from evolve import sources
 from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
-from evolve.store import Corrupt, Source, Stage, Store, flatten
+from evolve.store import Source, Stage, Store, canonical, flatten
 
 
 @dataclass(frozen=True)
@@ -481,60 +481,78 @@ class Verdict:
     seconds: float | None = None  # expected, from earlier records of its kind; None: nothing to go by
 
 
+PEERS = 500  # records of a kind, the newest, that a new stage is compared with
+
+
+class Peers:
+    """The store's records of a kind: what a new stage is compared with, and how long it may take."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]):
+        self.records = records
+        self.seconds: dict[Any, list[float]] = {}
+        for record in records:
+            roots = tuple(record["roots"])
+            for key in (roots, (roots, canonical(record["identity"]["config"]))):
+                self.seconds.setdefault(key, []).append(record["seconds"])
+
+    def expected(self, node: Stage) -> float | None:
+        """Seconds that records with the same weights and data took: of the same settings, or else of any."""
+        roots = tuple(sorted(node.roots))
+        found = self.seconds.get((roots, canonical(node.identity["config"]))) or self.seconds.get(roots)
+        return sum(found) / len(found) if found else None
+
+    @cached_property
+    def settings(self) -> list[frozenset[tuple[str, str]]]:
+        return [_settings(record["identity"]) for record in self.records]
+
+    def difference(self, node: Stage) -> str:
+        """From the record that differs in the fewest settings."""
+        mine = _settings(node.identity)
+        best: tuple[set[str], Mapping[str, Any]] | None = None
+        for theirs, record in zip(self.settings, self.records, strict=True):
+            differing = {key for key, _ in mine ^ theirs}
+            if best is None or len(differing) < len(best[0]):
+                best = differing, record["identity"]
+            if len(differing) == 1:
+                break  # none is closer
+        if best is None:
+            return f"first {node.kind}"
+        now, then = flatten(node.identity), flatten(best[1])
+        changes = {key: f"{_short(then.get(key))} -> {_short(now.get(key))}" for key in sorted(best[0])[:3]}
+        return "; ".join(f"{key.split('.', 1)[-1]}: {change}" for key, change in changes.items())
+
+
+def _settings(identity: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """In a form that is quickly compared; null is as good as not there."""
+    return frozenset((key, canonical(value)) for key, value in flatten(identity).items() if value is not None)
+
+
 def compare(graph: Graph, store: Store) -> dict[str, Verdict]:
     """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has."""
-    records = {node.id: store.record(node) for node in graph.stages.values()}
-    others: dict[str, list[dict[str, Any]]] = {}
-    if any(record is None for record in records.values()):
-        for stage_id in store.ids():
-            try:
-                record = store.read(stage_id)
-            except Corrupt:
-                continue
-            if record is not None:
-                others.setdefault(stage_id.split("/")[0], []).append(record)
+    peers = cache(lambda kind: Peers(store.newest(kind, PEERS)))
     verdicts: dict[str, Verdict] = {}
     for node in graph.stages.values():
-        if records[node.id] is not None:
+        if store.record(node) is not None:
             verdicts[node.id] = Verdict(True)
-        elif store.folder(node.id).exists():
-            verdicts[node.id] = Verdict(False, "a damaged result", _expected(node, others.get(node.kind, [])))
         else:
-            peers = others.get(node.kind, [])
-            verdicts[node.id] = Verdict(False, _why(node, peers, verdicts), _expected(node, peers))
+            known = peers(node.kind)
+            verdicts[node.id] = Verdict(False, _why(node, known, verdicts, store), known.expected(node))
     return verdicts
 
 
-def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]) -> str:
+def _why(node: Stage, peers: Peers, verdicts: Mapping[str, Verdict], store: Store) -> str:
+    if store.folder(node.id).exists():
+        return "a damaged result"
     for name, item in node.inputs.items():
         if isinstance(item, Stage) and not verdicts[item.id].reused:
             cause = verdicts[item.id].why
             return f"its {name} is new" if cause.startswith(("its ", "first")) else cause
-    if not peers:
-        return f"first {node.kind}"
-    mine = flatten(node.identity)
-    best: list[str] | None = None
-    for peer in peers:
-        theirs = flatten(peer["identity"])
-        differing = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-        if best is None or len(differing) < len(best):
-            best = [
-                f"{key.split('.', 1)[-1]}: {_short(theirs.get(key))} -> {_short(mine.get(key))}" for key in differing
-            ]
-    return "; ".join((best or [])[:3])
+    return peers.difference(node)
 
 
 def _short(value: Any) -> str:
     text = str(value).replace("\n", " ")
     return text if len(text) <= 32 else text[:29] + "..."
-
-
-def _expected(node: Stage, peers: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds that records of its kind took with the same weights and data: of the same settings, or else of any."""
-    akin = [peer for peer in peers if peer.get("roots") == sorted(node.roots)]
-    same = [peer["seconds"] for peer in akin if peer["identity"]["config"] == node.identity["config"]]
-    found = same or [peer["seconds"] for peer in akin]
-    return sum(found) / len(found) if found else None
 
 
 def names(configs: Sequence[Config], overrides: Iterable[Sequence[str]]) -> list[str]:
