@@ -318,8 +318,8 @@ class _Builder:
                 protocol += [f"judged by {self.annotator_name}"]
             if needs.samples is not None:
                 inputs |= self.picked(name, needs, needs.samples, model, prompts)
-                protocol += [f"picked from {picks.shape(needs.samples.strategy)}"]
-                protocol += [f"of temperature {needs.samples.temperature:g}"]
+                of = f"{picks.shape(needs.samples.strategy)} at temperature {needs.samples.temperature:g}"
+                protocol += [f"picked from {of}"]
                 if needs.samples.select is not None:
                     protocol += [f"best {VERBS['select']} by {self.scorer_name(needs.samples.select)}"]
             inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}

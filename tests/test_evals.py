@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import refinement, statistics, test_time
+from evals import picks, refinement, statistics, test_time
 from evals.statistics import Estimate
 from evolve.config import Strategy
 
@@ -198,13 +198,13 @@ def test_whole_chains_are_measured_as_without_a_rule(scores):
 
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=9))
 def test_majority_is_the_most_frequent_and_the_earlier_of_equals(said):
-    found = said[test_time.majority(said)]
+    found = said[picks.majority(said)]
     counts = {text: said.count(text) for text in said if text is not None}
     if not counts:
-        assert test_time.majority(said) == 0
+        assert picks.majority(said) == 0
         return
     assert counts[found] == max(counts.values())
-    assert test_time.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+    assert picks.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
 
 
 def parallel(answers):
