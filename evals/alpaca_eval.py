@@ -180,9 +180,12 @@ def measure(
     *,
     best_answers: Sequence[Mapping[str, Any]] = (),
     best_verdicts: Sequence[Mapping[str, Any]] = (),
+    best_replies: Replies | None = None,
     difficulty: str | None = None,
     gamed: str | None = None,
     length_controlled: bool = True,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
     """Metrics by judged turn, and of the best of several answers, where there are.
 
@@ -193,8 +196,9 @@ def measure(
         answers: rows of answers.jsonl.
         verdicts: {"id", "verdicts": {"1": [preference or None], ...}} for each question; [] where nothing was asked.
         protocol: judge, `protocol`, strategy ...: what a number must be quoted with.
-        best_answers, best_verdicts: the same of the answers that the stage `pick` took, as turn 1.
+        best_answers, best_verdicts, best_replies: the same of the answers that the stage `pick` took, as turn 1.
         difficulty, gamed: files as in length_control.load.
+        replies, judge: what was said and by whom, for the records.
 
     Raises ValueError if no answer of a turn has a preference.
     """
@@ -234,7 +238,14 @@ def measure(
     if best_answers:
         metrics["sizes"] = [picks.of_all(best_answers, {"best": scored[-1][0]})]
         items["best"] = {"win_rate": points[-1]}
-    return Measured(metrics, {"answers never made": unmade, "verdicts that can't be read": unread}, items)
+
+    def records(out: Path) -> None:
+        _records(questions, answers, verdicts, replies or {}, judge, out)
+        if best_answers:
+            _records(questions, best_answers, best_verdicts, best_replies or {}, judge, out / "best")
+
+    dropped = {"answers never made": unmade, "verdicts that can't be read": unread}
+    return Measured(metrics, dropped, items, records)
 
 
 def games(
@@ -317,19 +328,18 @@ def win_rate(preferences: Sequence[float]) -> dict[str, Any]:
     return {key: None if math.isnan(value) else int(value) if key in counts else value for key, value in found.items()}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
     judge: str,
-    **_: Any,
+    out: Path,
 ) -> None:
     """Writes annotations_turn_N.json of each judged turn, in the package's form."""
     from evals import alpaca_annotations
 
+    out.mkdir(exist_ok=True)
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
         said = {key: games[str(turn)][0] for key, games in replies.items() if games.get(str(turn))}
         known = {key: reply for key, reply in said.items() if reply is not None}

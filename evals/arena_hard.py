@@ -225,8 +225,11 @@ def measure(
     *,
     best_answers: Sequence[Mapping[str, Any]] = (),
     best_verdicts: Sequence[Mapping[str, Any]] = (),
+    best_replies: Replies | None = None,
     version: str = "v0.1",
     template: str | None = None,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
     """The score of each turn that was judged, the gain of the last over the first, and the best of several.
 
@@ -234,8 +237,8 @@ def measure(
         questions: rows of `questions`.
         answers: rows of answers.jsonl (id, answers).
         verdicts: rows (id, verdicts: {turn: labels in the order of `asks`, None where there is none}).
-        best_answers, best_verdicts: the same of the answers that the stage `pick` took, as turn 1.
-        template: what the judge was asked with; `records` shows it.
+        best_answers, best_verdicts, best_replies: the same of the answers that the stage `pick` took, as turn 1.
+        template: what the judge was asked with; the records show it, with its replies.
         protocol: judge, prompt_hash, baseline, temperature ...: what a number must be quoted with.
 
     Raises:
@@ -270,7 +273,14 @@ def measure(
         kind: {"score": {question: 100 * value for question, value in statistics.by_prompt(side).items()}}
         for kind, side in (("direct", first), ("refined", last), *([("best", metrics[-1][1])] if best_answers else []))
     }
-    return Measured(result, dropped, items)
+    how = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
+
+    def records(out: Path) -> None:
+        _records(questions, answers, verdicts, replies or {}, how, out)
+        if best_answers:
+            _records(questions, best_answers, best_verdicts, best_replies or {}, how, out / "best")
+
+    return Measured(result, dropped, items, records)
 
 
 def _turn(
@@ -350,24 +360,21 @@ def judgments(
         yield {**head, "games": games}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
-    judge: str,
-    version: str = "v0.1",
-    template: str | None = None,
+    how: Mapping[str, Any],
+    out: Path,
 ) -> None:
     """Writes judgments_turn_N.jsonl of each judged turn, in upstream's form. Games of a stand-in have no text."""
+    out.mkdir(exist_ok=True)
     texts = {
         prompt: {turn: [reply.text if reply else "" for reply in games] for turn, games in turns.items()}
         for prompt, turns in replies.items()
     }
     said = [{**row, "replies": texts.get(row["id"], {})} for row in verdicts]
-    how: dict[str, Any] = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
         rows = judgments(questions, answers, said, turn=turn, model=f"turn {turn}", **how)
         with (out / f"judgments_turn_{turn}.jsonl").open("w", encoding="utf-8") as file:

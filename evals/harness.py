@@ -2,7 +2,7 @@
 
     questions   lm-eval builds each prompt; a model that only records keeps it   {"id": "gsm8k/0", "prompt": "..."}
     respond     a chain answers and refines
-    measure     lm-eval runs once for each turn, with a model that replays that turn's answers
+    measure     lm-eval scores each turn once: a model replays that turn's answers
 
 What lm-eval reports of a document is kept by document, so turns and models are compared in pairs. A group (mmlu,
 hendrycks_math) is pooled over its documents. Multiple-choice tasks have no answers that could be refined: the stage
@@ -21,13 +21,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals import statistics
 from evals.needs import Measured
@@ -56,6 +56,26 @@ UNSCORED = "unscored"  # among a sample's metrics: its scorer failed
 
 Row = dict[str, Any]
 Data = str | Path | Mapping[str, str | Path] | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A task and how it is asked.
+
+    data: a file (JSONL, .gz too) instead of the hub's data; examples are then in one beside it that is named like their
+        split (train.jsonl). {split: file} names both. Of a group: a folder with a file for each of its tasks.
+    shots: examples that are shown; None: as many as the task has by itself.
+    limit: the first so many documents, of a group: of each task.
+    chat: laid out as for a chat template, in one user turn.
+    revisions: commits of the hub's data sets, by name.
+    """
+
+    task: str
+    data: Data = None
+    shots: int | None = None
+    limit: int | None = None
+    chat: bool = True
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 # ---- what a task is, from its YAML alone
@@ -136,19 +156,12 @@ def _until(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (stops,) if isinstance(stops, str) else tuple(stops or ())
 
 
-def protocol(
-    task: str,
-    *,
-    data: Data = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-    tokens: int | None = None,
-) -> str:
+def protocol(setup: Setup, tokens: int | None = None) -> str:
     """What a number of this task must be quoted with. tokens: the most that an answer may have."""
+    task = setup.task
     parts = list(_parts(task).values())
     versions = sorted({str((config.get("metadata") or {}).get("version", "?")) for config in parts})
-    used = sorted({_shots(config, shots) for config in parts})
+    used = sorted({_shots(config, setup.shots) for config in parts})
     filters = [one["name"] for one in parts[0].get("filter_list") or []]
     generates = kind(task) == "generate"
     words = [
@@ -156,12 +169,12 @@ def protocol(
         *([f"pooled over {len(parts)} tasks"] if len(parts) > 1 else []),
         f"{'/'.join(map(str, used))}-shot",
         # The engines have no other way; `chat` decides how lm-eval lays the prompt out.
-        "one user turn of the chat template" if chat or generates else "no chat template",
+        "one user turn of the chat template" if setup.chat or generates else "no chat template",
         *([f"extraction {' and '.join(filters)}"] if filters else []),
         *([f"stops at {json.dumps(until(task), ensure_ascii=False)}"] if generates and until(task) else []),
         *([f"at most {tokens} tokens"] if generates and tokens else []),
-        *([f"first {limit} documents{' of each' if len(parts) > 1 else ''}"] if limit else []),
-        *(["data from a file"] if data else []),
+        *([f"first {setup.limit} documents{' of each' if len(parts) > 1 else ''}"] if setup.limit else []),
+        *(["data from a file"] if setup.data else []),
     ]
     return ", ".join(words)
 
@@ -220,33 +233,21 @@ def _leaves(name: str, index: Mapping[str, Any], above: Mapping[str, Any] = {}) 
 # ---- running lm-eval
 
 
-def _run(
-    task: str,
-    model: Any,
-    data: Data,
-    shots: int | None,
-    limit: int | None,
-    chat: bool,
-    revisions: Mapping[str, str] | None,
-    **more: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """lm-eval's results, and its tasks by name."""
     from langdetect import DetectorFactory
     from lm_eval import simple_evaluate
 
     DetectorFactory.seed = 0  # IFEval's guess of a language draws: the same answer could be right and then wrong
+    task = setup.task
     kind(task)
     manager, parts = _find(task)
     for config in parts.values():
-        _shots(config, shots)
-    local = [
-        {"task": name, **_local(name, config, data, shots, len(parts) > 1)}
-        for name, config in parts.items()
-        if data is not None
-    ] or [
+        _shots(config, setup.shots)
+    local = [{"task": name, **_local(setup, name)} for name in parts if setup.data is not None] or [
         {"task": name, "dataset_kwargs": {**(config.get("dataset_kwargs") or {}), "revision": revision}}
         for name, config in parts.items()
-        if (revision := (revisions or {}).get(str(config["dataset_path"])))
+        if (revision := setup.revisions.get(str(config["dataset_path"])))
     ]
     try:
         loaded = manager.load([{"group": f"{task} (local)", "task": local} if local else task])
@@ -260,32 +261,34 @@ def _run(
         model=model,
         tasks=chosen,
         task_manager=manager,
-        num_fewshot=shots,
-        limit=limit,
-        apply_chat_template=chat,
+        num_fewshot=setup.shots,
+        limit=setup.limit,
+        apply_chat_template=setup.chat,
         fewshot_as_multiturn=False,
-        **{"bootstrap_iters": 0, **more},
+        **more,
     )
     return results, loaded["tasks"]
 
 
-def _local(name: str, config: Mapping[str, Any], data: Data, shots: int | None, several: bool) -> dict[str, Any]:
-    """What a task's config says instead, to be read from files: {split: file}, a file, or for a group a folder.
+def _local(setup: Setup, name: str) -> dict[str, Any]:
+    """What the config of one of its tasks says instead, to be read from files.
 
     Raises ValueError where a file is missing.
     """
+    parts, data = _parts(setup.task), setup.data
+    config = parts[name]
     tested, shown = _splits(config)
-    examples = config.get("fewshot_config") or {}
+    examples, shots = config.get("fewshot_config") or {}, _shots(config, setup.shots)
     files: dict[str | None, Path] = {}
     if isinstance(data, Mapping):
         files = {split: Path(path) for split, path in data.items()}
     else:
         path = Path(data or "")
-        files[tested] = _file(path, name) if several or path.is_dir() else path
-        if _shots(config, shots) and shown not in (None, tested):
+        files[tested] = _file(path, name) if len(parts) > 1 or path.is_dir() else path
+        if shots and shown not in (None, tested):
             with contextlib.suppress(ValueError):
                 files[shown] = _file(files[tested].parent, shown)
-    wanted = {tested} | ({shown} if _shots(config, shots) and not examples.get("samples") else set())
+    wanted = {tested} | ({shown} if shots and not examples.get("samples") else set())
     for split in wanted:
         if split not in files or not files[split].is_file():
             where = files.get(split, f"no {split}.jsonl beside the other")
@@ -333,34 +336,18 @@ def _counted(task: Any) -> Any:
 # ---- questions and metrics
 
 
-def questions(
-    task: str,
-    *,
-    data: Data = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-    revisions: Mapping[str, str] | None = None,
-) -> list[Row]:
+def questions(setup: Setup) -> list[Row]:
     """Rows {"id", "prompt", "text", "task", "doc", "shots", "version"} and "until", or "requests" and "chat".
 
     text: what this document's prompt has to itself, without examples and instructions: what contamination is about.
-
-    Args:
-        data: a file (JSONL, .gz too) instead of the hub's data; examples are then in one beside it that is named like
-            their split (train.jsonl). {split: file} names both. Of a group: a folder with a file for each of its tasks.
-        shots: examples that are shown; None: as many as the task has by itself.
-        limit: the first so many documents, of a group: of each task.
-        chat: laid out as for a chat template, in one user turn.
-        revisions: commits of the hub's data sets, by name.
 
     Raises:
         ValueError: no such task, or its data or examples are not there.
     """
     from evals.replay import Recorder
 
-    recorder = Recorder(kind(task))
-    _, tasks = _run(task, recorder, data, shots, limit, chat, revisions, predict_only=True, log_samples=False)
+    recorder = Recorder(kind(setup.task))
+    _, tasks = _run(setup, recorder, predict_only=True, log_samples=False, bootstrap_iters=0)
     texts = {part: _own(one) for part, one in tasks.items()}
     rows = []
     for name, row in recorder.rows.items():
@@ -390,45 +377,96 @@ def _shared(texts: Sequence[str]) -> str:
     return re.sub(r"\S*\Z", "", os.path.commonprefix(list(texts)))  # noqa: RUF071 - characters are meant
 
 
+class Scored(NamedTuple):
+    """One answer for each question, scored. By metric's title, then by question's id:
+
+    values: as the metric's scorer gives them; texts: what the metric's filter took out of the answer (of likelihoods:
+    nothing). combine: by title, what makes lm-eval's number of all values. failed: questions whose scorer failed.
+    write: lm-eval's own files of this run, results_*.json and samples_*.jsonl, into a folder.
+    """
+
+    values: dict[str, dict[str, Any]]
+    texts: dict[str, dict[str, str]]
+    combine: dict[str, Callable[[list[Any]], float]]
+    failed: frozenset[str]
+    write: Callable[[Path], None]
+
+
+def score(setup: Setup, questions: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> Scored:
+    """Runs lm-eval's filters and scorers on what was given to each question: a text or log-likelihoods, None: nothing.
+
+    Raises ValueError where the questions are not the task's any more.
+    """
+    from lm_eval.loggers import EvaluationTracker
+
+    from evals.replay import Replayer
+
+    model = Replayer(kind(setup.task), {row["id"]: row["prompt"] for row in questions}, given)
+    tracker = EvaluationTracker()
+    results, tasks = _run(setup, model, evaluation_tracker=tracker, bootstrap_iters=1000)
+    samples = results.pop("samples")
+    now = {f"{part}/{sample['doc_id']}" for part, rows in samples.items() for sample in rows}
+    if now != given.keys():
+        raise ValueError(f"{setup.task}: {len(given)} questions were asked, and it has {len(now)}; has limit changed?")
+    values: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    combine: dict[str, Callable[[list[Any]], float]] = {}
+    failed = set()
+    for part, rows in samples.items():
+        for sample in rows:
+            name = f"{part}/{sample['doc_id']}"
+            if sample.get(UNSCORED) and given[name] is not None:
+                failed.add(name)
+            for metric in sample["metrics"]:
+                if metric != UNSCORED:
+                    title = _title(metric, sample["filter"])
+                    values.setdefault(title, {})[name] = sample[metric]
+                    combine.setdefault(title, tasks[part].aggregation()[metric])
+                    if model.generates:
+                        texts.setdefault(title, {})[name] = str(sample["filtered_resps"][0])
+
+    def write(folder: Path) -> None:
+        for config in results["configs"].values():
+            if files := (config.get("dataset_kwargs") or {}).get("data_files"):
+                config["dataset_kwargs"] = {"data_files": {split: Path(path).name for split, path in files.items()}}
+        tracker.output_path, tracker.general_config_tracker.model_name_sanitized = str(folder.parent), folder.name
+        tracker.save_results_aggregated(results, samples)
+        for part, rows in samples.items():
+            tracker.save_results_samples(part, rows)
+        if len(list(folder.glob("*.json*"))) < 1 + len(samples):  # it only warns
+            raise OSError(f"{folder}: lm-eval could not write its results there")
+
+    return Scored(values, texts, combine, frozenset(failed), write)
+
+
+def _title(metric: str, extraction: str) -> str:
+    return NAMES.get((metric, extraction)) or (metric if extraction == "none" else f"{metric}, {extraction}")
+
+
 def measure(
-    questions: Sequence[Mapping[str, Any]],
-    made: Sequence[Mapping[str, Any]],
-    protocol: str,
-    task: str,
-    *,
-    data: Data = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-    revisions: Mapping[str, str] | None = None,
+    setup: Setup, questions: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]], protocol: str
 ) -> Measured:
-    """Metrics by turn.
+    """Metrics by turn; `records` writes lm_eval/turn_N/, each turn as lm-eval writes a run.
 
     Args:
-        questions: rows that `questions` made with the same arguments.
+        questions: rows that `questions` made of the same setup.
         made: rows of answers.jsonl, all made by a chain, or of likelihoods.jsonl. An answer that was never made counts
             as wrong; the answer that ended a chain early stands for the turns that were not made.
 
     Raises:
         ValueError: the questions are not the task's any more.
     """
-    from evals.replay import Replayer
-
     never_made, unscored = "answers never made, counted as wrong", "answers whose scorer failed, counted as wrong"
-    turns, values, dropped = [], [], {never_made: 0, unscored: 0}
+    turns, values, writers, dropped = [], [], [], {never_made: 0, unscored: 0}
     for turn, given in enumerate(_turns(questions, made), 1):
-        model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, given)
-        results, tasks = _run(task, model, data, shots, limit, chat, revisions)
-        now = {f"{part}/{sample['doc_id']}" for part, samples in results["samples"].items() for sample in samples}
-        if now != given.keys():
-            raise ValueError(f"{task}: {len(given)} questions were asked, and it has {len(now)}; has limit changed?")
-        estimates, by_document, failed = _estimates(results["samples"], tasks)
+        scored = score(setup, questions, given)
+        estimates, by_document = _estimates(scored.values, scored.combine)
         never = sum(answer is None for answer in given.values())
-        failed -= never if kind(task) == "likelihood" else 0
         dropped[never_made] += never
-        dropped[unscored] += failed
-        turns.append({"turn": turn, **estimates, "unscored": failed, "never_made": never})
+        dropped[unscored] += len(scored.failed)
+        turns.append({"turn": turn, **estimates, "unscored": len(scored.failed), "never_made": never})
         values.append(by_document)
+        writers.append(scored.write)
     direct, refined = values[0], values[-1]
     gain = {
         metric: asdict(statistics.paired(_clusters(refined[metric]), _clusters(direct[metric])))
@@ -436,14 +474,19 @@ def measure(
         if len(turns) > 1 and metric in refined
     }
     metrics = {
-        "benchmark": "harness",
-        "task": task,
+        "benchmark": setup.task,
+        "task": setup.task,
         "protocol": protocol,
-        "kind": kind(task),
+        "kind": kind(setup.task),
         "turns": turns,
         "gain": gain,
     }
-    return Measured(metrics, dropped, {"direct": direct, **({"refined": refined} if len(turns) > 1 else {})})
+
+    def records(out: Path) -> None:
+        for turn, write in enumerate(writers, 1):
+            write(out / "lm_eval" / f"turn_{turn}")
+
+    return Measured(metrics, dropped, {"direct": direct, **({"refined": refined} if len(turns) > 1 else {})}, records)
 
 
 def _turns(questions: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -466,25 +509,11 @@ def _clusters(values: Mapping[str, float]) -> dict[str, list[float]]:
 
 
 def _estimates(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, float]], int]:
-    """Estimates by metric, values by metric and document, and how many documents' scorers failed."""
-    found: dict[str, dict[str, Any]] = {}
-    combine: dict[str, Any] = {}
-    failed = set()
-    for part, rows in samples.items():
-        for sample in rows:
-            name = f"{part}/{sample['doc_id']}"
-            if sample.get(UNSCORED):
-                failed.add(name)
-            for metric in sample["metrics"]:
-                if metric != UNSCORED:
-                    title = NAMES.get((metric, sample["filter"])) or (
-                        metric if sample["filter"] == "none" else f"{metric}, {sample['filter']}"
-                    )
-                    found.setdefault(title, {})[name] = sample[metric]
-                    combine.setdefault(title, tasks[part].aggregation()[metric])
-    estimates, values = {}, {}
+    found: Mapping[str, Mapping[str, Any]], combine: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Estimates by metric, and values by metric and document, of what `Scored` has of them."""
+    estimates: dict[str, Any] = {}
+    values: dict[str, dict[str, float]] = {}
     for title, raw in found.items():
         numbers = _by_document(raw, combine[title])
         if numbers is None:  # perplexity, F1 ...: of all documents together, and no mean of theirs
@@ -494,7 +523,7 @@ def _estimates(
             continue
         estimator = statistics.share if set(numbers.values()) <= {0.0, 1.0} else statistics.mean
         estimates[title], values[title] = asdict(estimator(_clusters(numbers))), numbers
-    return estimates, values, len(failed)
+    return estimates, values
 
 
 def _by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | None:
@@ -516,40 +545,6 @@ def _by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | Non
         return None
     each = parts / len(raw)
     return {name: share + (sum(value) - share * len(value)) / each for name, value in raw.items()}
-
-
-def results(
-    questions: Sequence[Mapping[str, Any]],
-    made: Sequence[Mapping[str, Any]],
-    task: str,
-    folder: Path,
-    name: str,
-    *,
-    turn: int = -1,
-    data: Data = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-    revisions: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a turn (its index) as lm-eval writes a run: FOLDER/NAME/results_*.json and samples_*.jsonl."""
-    from lm_eval.loggers import EvaluationTracker
-
-    from evals.replay import Replayer
-
-    model = Replayer(kind(task), {row["id"]: row["prompt"] for row in questions}, _turns(questions, made)[turn])
-    tracker = EvaluationTracker(output_path=str(folder))
-    found, _ = _run(task, model, data, shots, limit, chat, revisions, evaluation_tracker=tracker, bootstrap_iters=1000)
-    for config in found["configs"].values():
-        if files := (config.get("dataset_kwargs") or {}).get("data_files"):
-            config["dataset_kwargs"] = {"data_files": {split: Path(path).name for split, path in files.items()}}
-    tracker.general_config_tracker.model_name_sanitized = name
-    samples = found.pop("samples")
-    tracker.save_results_aggregated(found, samples)
-    for part, rows in samples.items():
-        tracker.save_results_samples(part, rows)
-    if len(list((folder / name).glob("*.json*"))) < 1 + len(samples):  # it only warns
-        raise OSError(f"{folder / name}: lm-eval could not write its results there")
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

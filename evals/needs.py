@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evolve.config import Config, Strategy
@@ -83,8 +84,10 @@ class Measured(NamedTuple):
     """What a benchmark says of a model: metrics as JSON, counts of what could not be scored, and values by prompt.
 
     items: {kind of answer, as in headline: {metric: {prompt's id: value}}}, for comparisons that are paired by prompt.
+    records: writes files into a folder that others' tools can score again.
     """
 
     metrics: dict[str, Any]
     dropped: dict[str, int]
     items: dict[str, dict[str, dict[str, float]]]
+    records: Callable[[Path], None] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evals import harness, refinement
@@ -36,7 +35,7 @@ class Task:
         files = {"data": File(f"eval.harness.data.{self.name}", file)} if file else {}
         if file and (found := find(file)) and (beside := harness.examples(self.name, found, own.shots)):
             files["examples"] = File(f"eval.harness.data.{self.name}", str(beside))
-        said = harness.protocol(self.name, data=file, tokens=tokens, limit=own.limit, **settings)
+        said = harness.protocol(harness.Setup(self.name, file, limit=own.limit, **settings), tokens)
         definition = harness.definition(self.name)
         return Needs(
             refinement.chain(config.eval.turns),
@@ -55,15 +54,16 @@ class Task:
             settings={"settings": {**settings, "limit": own.limit, "definition": definition}},
         )
 
-    def _data(self, data: str | None, examples: str | None) -> harness.Data:
-        tested, shown = harness.splits(self.name)
-        return {tested: data, str(shown): examples} if data and examples else data
-
-    def questions(
+    def setup(
         self, data: str | None = None, examples: str | None = None, definition: str = "", **settings: Any
-    ) -> list[dict[str, Any]]:
+    ) -> harness.Setup:
         """`definition`: of the task, which is part of the questions' identity."""
-        return harness.questions(self.name, data=self._data(data, examples), **settings)
+        tested, shown = harness.splits(self.name)
+        files: harness.Data = {tested: data, str(shown): examples} if data and examples else data
+        return harness.Setup(self.name, files, **settings)
+
+    def questions(self, **settings: Any) -> list[dict[str, Any]]:
+        return harness.questions(self.setup(**settings))
 
     def measure(
         self,
@@ -71,37 +71,9 @@ class Task:
         protocol: str,
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
-        data: str | None = None,
-        examples: str | None = None,
-        definition: str = "",
         **settings: Any,
     ) -> Measured:
-        files, given = self._data(data, examples), answers or likelihoods
-        made = harness.measure(questions, given, protocol, self.name, data=files, **settings)
-        return made._replace(metrics={**made.metrics, "benchmark": self.name})
-
-    def records(
-        self,
-        out: Path,
-        questions: Sequence[Mapping[str, Any]],
-        answers: Sequence[Mapping[str, Any]] = (),
-        likelihoods: Sequence[Mapping[str, Any]] = (),
-        data: str | None = None,
-        examples: str | None = None,
-        definition: str = "",
-        **settings: Any,
-    ) -> None:
-        """Writes lm_eval/turn_N/: results and samples of each turn as lm-eval writes them."""
-        made = answers or likelihoods
-        turns = max((len(row["answers"]) for row in answers), default=1)
-        for turn in range(turns):
-            where: dict[str, Any] = {
-                "folder": out / "lm_eval",
-                "name": f"turn_{turn + 1}",
-                "turn": turn,
-                "data": self._data(data, examples),
-            }
-            harness.results(questions, made, self.name, **where, **settings)
+        return harness.measure(self.setup(**settings), questions, answers or likelihoods, protocol)
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return harness.headline(metrics)

@@ -43,17 +43,15 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         given["strategy"] = config.strategy
     if config.verifier is not None:
         given["extract"] = verifiers.load(config.verifier).extract
+    if "verdicts" in inputs:
+        given |= {"replies": _replies(inputs["verdicts"]), "judge": config.judge}
+    if "best_verdicts" in inputs:
+        given["best_replies"] = _replies(inputs["best_verdicts"])
     measured = benchmark.measure(protocol=config.protocol, **given)
     (out / "metrics.json").write_text(json.dumps(measured.metrics | {"judge": config.judge}, indent=1) + "\n")
     (out / "items.json").write_text(json.dumps(measured.items) + "\n")
-    if hasattr(benchmark, "records"):
-        best = {use: given.pop(f"best_{use}") for use in ("answers", "verdicts") if f"best_{use}" in given}
-        if "verdicts" in inputs:
-            given |= {"replies": _replies(inputs["verdicts"]), "judge": config.judge}
-        benchmark.records(out, **given)
-        if best:
-            (out / "best").mkdir()
-            benchmark.records(out / "best", **given | best | {"replies": _replies(inputs["best_verdicts"])})
+    if measured.records:
+        measured.records(out)
     found = benchmark.headline(measured.metrics)
     metric = next((name for name in benchmark.METRICS if any(worth.get(name) for worth in found.values())), None)
     values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
