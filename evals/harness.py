@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 from evals import picks, statistics
 from evals.needs import Measured
+from evolve import data
 from evolve.store import digest, hash_file
 
 TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
@@ -115,9 +117,12 @@ def until(task: str) -> tuple[str, ...]:
 
 @lru_cache
 def definition(task: str) -> str:
-    """A hash of what the task is: lm-eval's version, its config, and the code of the tasks here."""
-    code = {file.name: hash_file(file) for file in sorted(TASKS.iterdir()) if file.is_file()}
-    return digest([version("lm_eval"), json.loads(json.dumps(_parts(task), default=str)), code])[:16]
+    """A hash of what the task is: lm-eval's version, its config, and the code here that it names."""
+    config = json.dumps(_parts(task), default=str)
+    code = {file.name: hash_file(file) for file in sorted(TASKS.glob("*.py")) if f'"{TASKS / file.stem}.' in config}
+    for place, folder in (("evals", TASKS), ("lm_eval", _packaged())):  # the same wherever they are installed
+        config = config.replace(str(folder), place)
+    return digest([version("lm_eval"), json.loads(config), code])[:16]
 
 
 def splits(task: str) -> tuple[str, str | None]:
@@ -132,7 +137,7 @@ def _splits(config: Mapping[str, Any]) -> tuple[str, str | None]:
     return tested, next((split for split in found if split), None)
 
 
-def examples(task: str, data: Path, shots: int | None) -> Path | None:
+def examples(task: str, file: Path, shots: int | None) -> Path | None:
     """The file beside a task's own that examples are taken from; None: none are, or the task has them in itself.
 
     Raises ValueError where they are asked for and not there.
@@ -140,10 +145,10 @@ def examples(task: str, data: Path, shots: int | None) -> Path | None:
     config = next(iter(_parts(task).values()))
     tested, shown = splits(task)
     own = (config.get("fewshot_config") or {}).get("samples")
-    if not data.is_file() or not _shots(config, shots) or own or shown in (None, tested):
+    if not file.is_file() or not _shots(config, shots) or own or shown in (None, tested):
         return None
     try:
-        return _file(data.parent, str(shown))
+        return _file(file.parent, str(shown))
     except ValueError as error:
         raise ValueError(f"{task}: shows {_shots(config, shots)} examples; {error}; set eval.harness.shots=0") from None
 
@@ -207,6 +212,13 @@ def _shots(config: Mapping[str, Any], shots: int | None) -> int:
 
 
 @lru_cache
+def _packaged() -> Path:
+    package = find_spec("lm_eval")
+    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
+    return Path(package.origin).parent / "tasks"
+
+
+@lru_cache
 def _manager(*folders: Path) -> Any:
     import lm_eval.tasks
 
@@ -220,9 +232,7 @@ def _find(task: str) -> tuple[Any, dict[str, dict[str, Any]]]:
 
     All of lm-eval's YAML takes seconds to read: the folder that is named like the task comes first.
     """
-    package = find_spec("lm_eval")
-    assert package is not None and package.origin is not None, "lm-eval is among the project's packages"
-    packaged = Path(package.origin).parent / "tasks"
+    packaged = _packaged()
     named = [folder for folder in packaged.iterdir() if task.startswith(folder.name) and folder.is_dir()]
     for folders in ([], [max(named, key=lambda folder: len(folder.name))] if named else [], [packaged]):
         manager = _manager(*folders)
@@ -295,15 +305,15 @@ def _local(setup: Setup, name: str) -> dict[str, Any]:
 
     Raises ValueError where a file is missing.
     """
-    parts, data = _parts(setup.task), setup.data
+    parts, given = _parts(setup.task), setup.data
     config = parts[name]
     tested, shown = _splits(config)
     examples, shots = config.get("fewshot_config") or {}, _shots(config, setup.shots)
     files: dict[str | None, Path] = {}
-    if isinstance(data, Mapping):
-        files = {split: Path(path) for split, path in data.items()}
+    if isinstance(given, Mapping):
+        files = {split: Path(path) for split, path in given.items()}
     else:
-        path = Path(data or "")
+        path = Path(given or "")
         files[tested] = _file(path, name) if len(parts) > 1 or path.is_dir() else path
         if shots and shown not in (None, tested):
             with contextlib.suppress(ValueError):
@@ -322,6 +332,38 @@ def _local(setup: Setup, name: str) -> dict[str, Any]:
             for name in ("training_split", "validation_split", "fewshot_split")
         },
     }
+
+
+def check(setup: Setup) -> None:
+    """Reads the setup's files. Raises ValueError naming file and line for what can't be asked as the task."""
+    for name, config in _parts(setup.task).items() if setup.data else ():
+        for file in _local(setup, name)["dataset_kwargs"]["data_files"].values():
+            rows = data.parse(file)
+            if not rows:
+                raise ValueError(f"{file}: has no rows")
+            for number, row in rows:
+                try:
+                    _render(config, row)
+                except Exception as error:  # of a template: whatever its expressions raise
+                    raise ValueError(f"{file}, line {number}: is nothing that {name} can ask: {error}") from None
+
+
+def _render(config: Mapping[str, Any], row: Any) -> None:
+    """Makes a document's prompt and target where only these are needed to know how."""
+    from lm_eval.utils import apply_template
+
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    for template in (config.get("doc_to_text"), config.get("doc_to_target")):
+        if config.get("process_docs") or not isinstance(template, str) or template in row:
+            continue
+        module, _, function = Path(template).name.partition(".")
+        if Path(template).parent == TASKS:
+            getattr(importlib.import_module(f"evals.tasks.{module}"), function)(row)
+        elif template.isidentifier() and template == config.get("doc_to_text"):  # lm-eval would ask this very word
+            raise ValueError(f"no '{template}'; it has {', '.join(row)}")
+        else:
+            apply_template(template, row)
 
 
 def _file(folder: Path, name: str) -> Path:

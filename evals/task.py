@@ -78,6 +78,10 @@ class Task:
         files: harness.Data = {tested: data, str(shown): examples} if data and examples else data
         return harness.Setup(self.name, files, **settings)
 
+    def check(self, **settings: Any) -> None:
+        """Raises ValueError for files that are not as they should be, sooner than `questions` could."""
+        harness.check(self.setup(**settings))
+
     def questions(self, **settings: Any) -> list[dict[str, Any]]:
         return harness.questions(self.setup(**settings))
 

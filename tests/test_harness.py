@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import load
 
 from evals import harness
 from evals.harness import Setup
-from evolve.config import HF, Sampling
+from evolve import launch
+from evolve.config import HF, ConfigError, Sampling
 from evolve.stages import Context, ModelSettings, module, read_rows, write_rows
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1)
@@ -370,6 +372,27 @@ def test_examples_that_can_not_be_shown(gsm8k):
         harness.questions(Setup("gsm8k", data=gsm8k))
     with pytest.raises(ValueError, match="math500: is a task without examples"):
         harness.questions(Setup("math500", data=gsm8k, shots=3))
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "said"),
+    [
+        ("gsm8k", "", "has no rows"),
+        ("gsm8k", '{"question": "1", "answer": "#### 1"}\n{"question"\n', "line 2: not JSON"),
+        ("gsm8k", '["question", "answer"]\n', "line 1: is nothing that gsm8k can ask: a list, not an object"),
+        ("gsm8k", '{"question": "1", "answer": "#### 1"}\n{"question": "1"}\n', "line 2: .*'answer' is undefined"),
+        ("math500", '{"question": "1", "answer": "1"}\n{"answer": "1"}\n', "line 2: .*no 'problem' or 'question'"),
+        ("math500", '{"question": "1", "solution": "one"}\n', "line 1: .*no answer"),
+        ("ifeval", '{"text": "1"}\n', "line 1: .*no 'prompt'; it has text"),
+        ("arc_easy", '{"question": "1", "answerKey": "A"}\n', "line 1: .*'choices' is undefined"),
+    ],
+)
+def test_a_wrong_file_is_one_line_in_the_plan(tmp_path, task, text, said):
+    (tmp_path / "file.jsonl").write_text(text)
+    given = ["debug=fast", f"eval.benchmarks=[{task}]", "eval.harness.shots=0", f"output={tmp_path}", "dry_run=true"]
+    given += [f"++eval.harness.data.{task}={tmp_path / 'file.jsonl'}"]
+    with pytest.raises(ConfigError, match=f"^eval.harness.data.{task}: {tmp_path}/file.jsonl.*{said}"):
+        launch.plan_members([load(*given)], [given])
 
 
 # ---- against published data
