@@ -30,12 +30,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals import picks, statistics
+from evals import picks, sandbox, statistics
 from evals.needs import Measured
 from evolve import data
 from evolve.store import digest, hash_file
 
 TASKS = Path(__file__).parent / "tasks"  # ours; they go before lm-eval's of the same name
+SANDBOXED = ("humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct")  # of ours, those that run what a model wrote
 OBJECTIVE = ("refined", "direct")
 EXPLAIN = {"gain": "refined - direct, paired", **picks.EXPLAIN}
 EXPLAIN |= {"majority": "the answer most often given, as extracted", "oracle": "the best of all by the metric: pass@n"}
@@ -48,12 +49,15 @@ METRICS = {
     "inst_level_strict_acc": "instructions followed, strict",
     "inst_level_loose_acc": "instructions followed, loose",
     "acc_norm": "accuracy, choices by length",
+    "pass@1": "programs that pass, pass@1",
 }
 NAMES = {
     ("exact_match", "strict-match"): "strict",
     ("exact_match", "flexible-extract"): "flexible",
     ("exact_match", "none"): "accuracy",
     ("acc", "none"): "accuracy",
+    ("pass@1", "create_test"): "pass@1",
+    ("pass@1", "extract_code"): "pass@1",
 }
 UNSCORED = "unscored"  # among a sample's metrics: its scorer failed
 NEVER_MADE, FAILED = "answers never made, counted as wrong", "answers whose scorer failed, counted as wrong"
@@ -93,8 +97,8 @@ def kind(task: str) -> str:
     """
     kinds = set()
     for name, config in _parts(task).items():
-        if config.get("unsafe_code"):
-            raise ValueError(f"{name}: runs code that the model wrote, which is never done here")
+        if config.get("unsafe_code") and not str(config.get("process_results")).startswith(f"{TASKS}/"):
+            raise ValueError(f"{name}: runs what the model wrote; in a sandbox there are {', '.join(SANDBOXED)} alone")
         if "class" in config:
             raise ValueError(f"{name}: a task in Python, of which its YAML doesn't say what it asks; take one in YAML")
         if config.get("repeats", 1) > 1:
@@ -105,6 +109,11 @@ def kind(task: str) -> str:
     if len(kinds) > 1:
         raise ValueError(f"{task}: some of its tasks generate and some compare likelihoods; take them by themselves")
     return kinds.pop()
+
+
+def runs_programs(task: str) -> bool:
+    """Whether the task runs what the model wrote: of those that `kind` lets pass, in evals/sandbox.py."""
+    return any(config.get("unsafe_code") for config in _parts(task).values())
 
 
 def until(task: str) -> tuple[str, ...]:
@@ -159,8 +168,13 @@ def datasets(task: str) -> list[str]:
 
 
 def extractions(task: str) -> dict[str, frozenset[str]]:
-    """Filters that do more to an answer than take it, by name: what they leave where they find nothing to take."""
+    """Filters that do more to an answer than take it, by name: what they leave where they find nothing to take.
+
+    None of programs: two that do the same are hardly ever the same text.
+    """
     found: dict[str, frozenset[str]] = {}
+    if runs_programs(task):
+        return found
     for config in _parts(task).values():
         for one in config.get("filter_list") or []:
             steps = [step for step in one["filter"] if step["function"] not in ("take_first", "take_first_k")]
@@ -171,8 +185,9 @@ def extractions(task: str) -> dict[str, frozenset[str]]:
 
 
 def verifier(task: str) -> str | None:
-    """Who scores, and so extracts from, the answers to a task of ours; its filters leave them whole."""
-    return "math" if (TASKS / f"{task}.yaml").is_file() else None
+    """Who scores the answers to a task that _verified.yaml is of, and so reads them; no filter does."""
+    scorers = [str(config.get("process_results")) for config in _parts(task).values()]
+    return "math" if all(scorer.endswith("verified.score") for scorer in scorers) else None
 
 
 def _until(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -199,6 +214,7 @@ def protocol(setup: Setup, tokens: int | None = None) -> str:
         *([f"stops at {json.dumps(until(task), ensure_ascii=False)}"] if generates and until(task) else []),
         *([f"at most {tokens} tokens"] if generates and tokens else []),
         *([f"first {setup.limit} documents{' of each' if len(parts) > 1 else ''}"] if setup.limit else []),
+        *([sandbox.PROTOCOL] if runs_programs(task) else []),
         *(["data from a file"] if setup.data else []),
     ]
     return ", ".join(words)
@@ -266,9 +282,10 @@ def _leaves(name: str, index: Mapping[str, Any], above: Mapping[str, Any] = {}) 
 def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """lm-eval's results, and its tasks by name."""
     from langdetect import DetectorFactory
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     DetectorFactory.seed = 0  # IFEval's guess of a language draws: the same answer could be right and then wrong
+    evaluator.add_env_info = _about  # lm-eval's own describes the machine, for most of the time that a run takes
     task = setup.task
     kind(task)
     manager, parts = _find(task)
@@ -286,8 +303,8 @@ def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[st
     group = None if local else loaded["groups"].get(task)
     chosen = [group] if group else list(loaded["tasks"].values())
     for one in loaded["tasks"].values():
-        one.process_results = _counted(one)
-    results = simple_evaluate(
+        one.process_results = (lambda doc, results: {}) if more.get("predict_only") else _counted(one)
+    results = evaluator.simple_evaluate(
         model=model,
         tasks=chosen,
         task_manager=manager,
@@ -295,9 +312,14 @@ def _run(setup: Setup, model: Any, **more: Any) -> tuple[dict[str, Any], dict[st
         limit=setup.limit,
         apply_chat_template=setup.chat,
         fewshot_as_multiturn=False,
+        confirm_run_unsafe_code=runs_programs(task),
         **more,
     )
     return results, loaded["tasks"]
+
+
+def _about(results: dict[str, Any]) -> None:
+    results["lm_eval_version"] = version("lm_eval")
 
 
 def _local(setup: Setup, name: str) -> dict[str, Any]:
@@ -460,12 +482,14 @@ class Scored(NamedTuple):
 def score(setup: Setup, questions: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> Scored:
     """Runs lm-eval's filters and scorers on what was given to each question: a text or log-likelihoods, None: nothing.
 
-    Raises ValueError where the questions are not the task's any more.
+    Raises ValueError where the questions are not the task's any more, RuntimeError where programs can't be run here.
     """
     from lm_eval.loggers import EvaluationTracker
 
     from evals.replay import Replayer
 
+    if runs_programs(setup.task) and (missing := sandbox.missing()):
+        raise RuntimeError(f"{setup.task}: {missing}")
     model = Replayer(kind(setup.task), {row["id"]: row["prompt"] for row in questions}, given)
     tracker = EvaluationTracker()
     results, tasks = _run(setup, model, evaluation_tracker=tracker, bootstrap_iters=1000)

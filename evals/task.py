@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals import harness, refinement, several
+from evals import harness, refinement, sandbox, several
 from evals.harness import EXPLAIN, METRICS, OBJECTIVE
 from evals.needs import Asked, File, Measured, Needs, samples
 from evolve.config import Config, Strategy, find
@@ -25,6 +25,12 @@ class Task:
     def needs(self, config: Config) -> Needs:
         own, file = config.eval.harness, config.eval.harness.data.get(self.name)
         answered = harness.kind(self.name) == "generate"
+        if harness.runs_programs(self.name):
+            if not own.unsafe_code:
+                allow = "eval.harness.unsafe_code=true allows it, in a sandbox"
+                raise ValueError(f"{self.name}: runs programs that the model wrote; {allow}")
+            if missing := sandbox.missing():
+                raise ValueError(f"{self.name}: {missing}")
         server = config.engine.name == "openai" and config.engine.url
         if not answered and server:
             raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -335,7 +336,7 @@ def test_kinds(task, kind, until):
 @pytest.mark.parametrize(
     ("task", "why"),
     [
-        ("humaneval", "runs code that the model wrote"),
+        ("mbpp_plus", "runs what the model wrote; in a sandbox there are humaneval, humaneval_instruct, mbpp"),
         ("leaderboard", "some of its tasks generate and some compare likelihoods"),
         ("gsm8k_cot_self_consistency", "wants 64 answers"),
     ],
@@ -364,6 +365,23 @@ def test_a_protocol_says_what_a_number_depends_on(gsm8k):
         assert word in said
     assert "5-shot" in harness.protocol(Setup("gsm8k"))
     assert "no chat template" in harness.protocol(Setup("mmlu", chat=False))
+
+
+def test_a_definition_goes_with_the_code_that_a_task_names_and_not_with_its_place(tmp_path, monkeypatch):
+    def definition(task):
+        for cached in (harness._manager, harness._find, harness.definition):
+            cached.cache_clear()
+        return harness.definition(task)
+
+    before, other = definition("math500"), definition("gsm8k")
+    copied = shutil.copytree(harness.TASKS, tmp_path / "tasks")
+    monkeypatch.setattr(harness, "TASKS", copied)
+    (copied / "programs.py").write_text("# changed")
+    assert (definition("math500"), definition("gsm8k")) == (before, other)
+    (copied / "verified.py").write_text("# changed")
+    assert definition("math500") != before and definition("gsm8k") == other
+    monkeypatch.undo()
+    assert definition("math500") == before
 
 
 def test_examples_that_can_not_be_shown(gsm8k):

@@ -129,11 +129,14 @@ def test_instructions_are_picked_and_then_pooled(tmp_path: Path) -> None:
     assert worth["single"]["inst_level_strict_acc"]["value"] == pytest.approx((1 / 3 + 2 / 3) / 2)
 
 
-@pytest.mark.parametrize(("task", "invalid"), [("gsm8k", "[invalid]"), ("triviaqa", ""), ("ifeval", None)])
+@pytest.mark.parametrize(
+    ("task", "invalid"), [("gsm8k", "[invalid]"), ("triviaqa", ""), ("ifeval", None), ("mbpp", None)]
+)
 def test_what_extracts(task: str, invalid: str | None) -> None:
     found = harness.extractions(task)
     assert bool(found) == (invalid is not None)
     assert all(invalid in nothing for nothing in found.values())
+    assert harness.verifier(task) is None
 
 
 def test_the_best_stands_alone(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ class Harness(Questions):
     shots: Count | None
     chat: bool
     data: dict[str, str | None]
+    unsafe_code: bool = False
 
 
 class Eval(Section):
