@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals import sandbox, statistics
+from evals import picks, sandbox, statistics
 from evals.needs import Measured
 from evolve import data
 from evolve.store import digest, hash_file
@@ -38,7 +38,8 @@ from evolve.store import digest, hash_file
 TASKS = Path(__file__).resolve().parent / "tasks"  # ours; they go before lm-eval's of the same name
 SANDBOXED = ("humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct")  # of ours, those that run what a model wrote
 OBJECTIVE = ("refined", "direct")
-EXPLAIN = {"gain": "refined - direct, paired"}
+EXPLAIN = {"gain": "refined - direct, paired", **picks.EXPLAIN}
+EXPLAIN |= {"majority": "the answer most often given, as extracted", "oracle": "the best of all by the metric: pass@n"}
 METRICS = {
     "accuracy": "accuracy",
     "strict": "strict match",
@@ -59,6 +60,8 @@ NAMES = {
     ("pass@1", "extract_code"): "pass@1",
 }
 UNSCORED = "unscored"  # among a sample's metrics: its scorer failed
+NEVER_MADE, FAILED = "answers never made, counted as wrong", "answers whose scorer failed, counted as wrong"
+INVALID = frozenset({"", "[invalid]", "None"})  # what filters leave of an answer where they find none
 
 Row = dict[str, Any]
 Data = str | Path | Mapping[str, str | Path] | None
@@ -162,6 +165,29 @@ def examples(task: str, file: Path, shots: int | None) -> Path | None:
 def datasets(task: str) -> list[str]:
     """The hub's data sets that the task reads."""
     return sorted({str(config["dataset_path"]) for config in _parts(task).values()})
+
+
+def extractions(task: str) -> dict[str, frozenset[str]]:
+    """Filters that do more to an answer than take it, by name: what they leave where they find nothing to take.
+
+    None of programs: two that do the same are hardly ever the same text.
+    """
+    found: dict[str, frozenset[str]] = {}
+    if runs_programs(task):
+        return found
+    for config in _parts(task).values():
+        for one in config.get("filter_list") or []:
+            steps = [step for step in one["filter"] if step["function"] not in ("take_first", "take_first_k")]
+            if steps:
+                invalid = {str(step["fallback"]).strip() for step in steps if "fallback" in step}
+                found[one["name"]] = found.get(one["name"], INVALID) | invalid
+    return found
+
+
+def verifier(task: str) -> str | None:
+    """Who scores the answers to a task that _verified.yaml is of, and so reads them; no filter does."""
+    scorers = [str(config.get("process_results")) for config in _parts(task).values()]
+    return "math" if all(scorer.endswith("verified.score") for scorer in scorers) else None
 
 
 def _until(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -439,13 +465,16 @@ class Scored(NamedTuple):
     """One answer for each question, scored. By metric's title, then by question's id:
 
     values: as the metric's scorer gives them; texts: what the metric's filter took out of the answer (of likelihoods:
-    nothing). combine: by title, what makes lm-eval's number of all values. failed: questions whose scorer failed.
+    nothing). By title alone, combine: what makes lm-eval's number of all values; filters: the metric's filter; higher:
+    whether more is better. failed: questions whose scorer failed.
     write: lm-eval's own files of this run, results_*.json and samples_*.jsonl, into a folder.
     """
 
     values: dict[str, dict[str, Any]]
     texts: dict[str, dict[str, str]]
     combine: dict[str, Callable[[list[Any]], float]]
+    filters: dict[str, str]
+    higher: dict[str, bool]
     failed: frozenset[str]
     write: Callable[[Path], None]
 
@@ -471,6 +500,8 @@ def score(setup: Setup, questions: Sequence[Mapping[str, Any]], given: Mapping[s
     values: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, str]] = {}
     combine: dict[str, Callable[[list[Any]], float]] = {}
+    filters: dict[str, str] = {}
+    higher: dict[str, bool] = {}
     failed = set()
     for part, rows in samples.items():
         for sample in rows:
@@ -482,6 +513,8 @@ def score(setup: Setup, questions: Sequence[Mapping[str, Any]], given: Mapping[s
                     title = _title(metric, sample["filter"])
                     values.setdefault(title, {})[name] = sample[metric]
                     combine.setdefault(title, tasks[part].aggregation()[metric])
+                    filters.setdefault(title, sample["filter"])
+                    higher.setdefault(title, tasks[part].higher_is_better().get(metric) is not False)
                     if model.generates:
                         texts.setdefault(title, {})[name] = str(sample["filtered_resps"][0])
 
@@ -496,7 +529,7 @@ def score(setup: Setup, questions: Sequence[Mapping[str, Any]], given: Mapping[s
         if len(list(folder.glob("*.json*"))) < 1 + len(samples):  # it only warns
             raise OSError(f"{folder}: lm-eval could not write its results there")
 
-    return Scored(values, texts, combine, frozenset(failed), write)
+    return Scored(values, texts, combine, filters, higher, frozenset(failed), write)
 
 
 def _title(metric: str, extraction: str) -> str:
@@ -516,29 +549,28 @@ def measure(
     Raises:
         ValueError: the questions are not the task's any more.
     """
-    never_made, unscored = "answers never made, counted as wrong", "answers whose scorer failed, counted as wrong"
-    turns, values, writers, dropped = [], [], [], {never_made: 0, unscored: 0}
-    for turn, given in enumerate(_turns(questions, made), 1):
+    by_turn, values, writers, dropped = [], [], [], {NEVER_MADE: 0, FAILED: 0}
+    for turn, given in enumerate(turns(questions, made), 1):
         scored = score(setup, questions, given)
-        estimates, by_document = _estimates(scored.values, scored.combine)
+        estimates, by_id = _estimates(scored.values, scored.combine)
         never = sum(answer is None for answer in given.values())
-        dropped[never_made] += never
-        dropped[unscored] += len(scored.failed)
-        turns.append({"turn": turn, **estimates, "unscored": len(scored.failed), "never_made": never})
-        values.append(by_document)
+        dropped[NEVER_MADE] += never
+        dropped[FAILED] += len(scored.failed)
+        by_turn.append({"turn": turn, **estimates, "unscored": len(scored.failed), "never_made": never})
+        values.append(by_id)
         writers.append(scored.write)
     direct, refined = values[0], values[-1]
     gain = {
         metric: asdict(statistics.paired(_clusters(refined[metric]), _clusters(direct[metric])))
         for metric in direct
-        if len(turns) > 1 and metric in refined
+        if len(by_turn) > 1 and metric in refined
     }
     metrics = {
         "benchmark": setup.task,
         "task": setup.task,
         "protocol": protocol,
         "kind": kind(setup.task),
-        "turns": turns,
+        "turns": by_turn,
         "gain": gain,
     }
 
@@ -546,10 +578,10 @@ def measure(
         for turn, write in enumerate(writers, 1):
             write(out / "lm_eval" / f"turn_{turn}")
 
-    return Measured(metrics, dropped, {"direct": direct, **({"refined": refined} if len(turns) > 1 else {})}, records)
+    return Measured(metrics, dropped, {"direct": direct, **({"refined": refined} if len(by_turn) > 1 else {})}, records)
 
 
-def _turns(questions: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def turns(questions: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What was given to each question, turn by turn; None: nothing."""
     rows = {row["id"]: row for row in made}
     if any("likelihoods" in row for row in made):
@@ -575,18 +607,23 @@ def _estimates(
     estimates: dict[str, Any] = {}
     values: dict[str, dict[str, float]] = {}
     for title, raw in found.items():
-        numbers = _by_document(raw, combine[title])
+        numbers = by_document(raw, combine[title])
         if numbers is None:  # perplexity, F1 ...: of all documents together, and no mean of theirs
             estimates[title] = asdict(
                 statistics.Estimate(float(combine[title](list(raw.values()))), None, None, len(raw))
             )
             continue
-        estimator = statistics.share if set(numbers.values()) <= {0.0, 1.0} else statistics.mean
-        estimates[title], values[title] = asdict(estimator(_clusters(numbers))), numbers
+        estimates[title], values[title] = asdict(estimate(numbers)), numbers
     return estimates, values
 
 
-def _by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | None:
+def estimate(numbers: Mapping[str, float]) -> statistics.Estimate:
+    """The mean over questions; of those that are right or wrong, their share."""
+    estimator = statistics.share if set(numbers.values()) <= {0.0, 1.0} else statistics.mean
+    return estimator(_clusters(numbers))
+
+
+def by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | None:
     """Values by document whose mean is lm-eval's number; None: there are none.
 
     A document may have several parts, each right or wrong, that are pooled (IFEval's instructions). With the share R of
@@ -608,20 +645,20 @@ def _by_document(raw: Mapping[str, Any], combine: Any) -> dict[str, float] | Non
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Direct answers, refined answers, and the gain of one over the other; of likelihoods, direct ones alone."""
-    turns = metrics["turns"]
-    if len(turns) == 1:
-        return {"direct": turns[0]}
-    return {"direct": turns[0], "refined": turns[-1], "gain": metrics["gain"]}
+    """Direct answers, refined answers, and the gain of one over the other; of likelihoods, direct ones alone.
+
+    And each way to use several answers, where there are.
+    """
+    direct, *later = metrics["turns"]
+    refined = {"refined": later[-1], "gain": metrics["gain"]} if later else {}
+    return {"direct": direct, **refined, **picks.headline(metrics)}
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    found = headline(metrics)
-    lines = []
-    for metric, value in found["direct"].items():
-        if isinstance(value, dict):
-            line = f"{metric} direct {value['value']:.1%}"
-            if "refined" in found:
-                line += f", refined {found['refined'][metric]['value']:.1%}"
-            lines.append(line)
+    found = {kind: worth for kind, worth in headline(metrics).items() if kind != "gain"}
+    lines = [
+        f"{metric} " + ", ".join(f"{kind} {of[metric]['value']:.1%}" for kind, of in found.items() if metric in of)
+        for metric, value in found["direct"].items()
+        if isinstance(value, dict)
+    ]
     return f"{metrics['task']}: {'; '.join(lines)}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evolve.config import Strategy
+from evolve.config import Config, Strategy
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,23 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Several answers to each question, of which `measure` picks: how they are made, who scores them if anyone does."""
+
+    strategy: Strategy
+    temperature: float
+    select: str | None
+
+
+def samples(config: Config, pick: Collection[str]) -> Samples | None:
+    """Those that a benchmark's setting `pick` wants; None: none."""
+    strategy = config.eval.test_time
+    if not pick or strategy is None:
+        return None
+    return Samples(strategy, config.eval.temperature, config.eval.select if "best" in pick else None)
+
+
+@dataclass(frozen=True)
 class Needs:
     """How prompts are answered, and in words; whose scores or verdicts `measure` gets.
 
@@ -45,6 +62,7 @@ class Needs:
     its `read`.
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
     until: strings before which an answer ends.
+    samples: several answers beside those of `strategy`. Of a benchmark with a judge, the best alone is compared.
     """
 
     strategy: Strategy
@@ -59,6 +77,7 @@ class Needs:
     max_new_tokens: int | None = None
     until: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    samples: Samples | None = None
 
 
 class Measured(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals import harness, refinement, sandbox
+from evals import harness, refinement, sandbox, several
 from evals.harness import EXPLAIN, METRICS, OBJECTIVE
-from evals.needs import Asked, File, Measured, Needs
-from evolve.config import Config, find
+from evals.needs import Asked, File, Measured, Needs, samples
+from evolve.config import Config, Strategy, find
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class Task:
             raise ValueError(
                 f"{self.name}: weighs choices, which the server at engine.url isn't asked for; take engine=hf"
             )
+        made = samples(config, own.pick) if answered else None
+        vote = made is not None and "majority" in own.pick
+        reader = harness.verifier(self.name) if vote else None
+        if vote and not reader and not harness.extractions(self.name):
+            raise ValueError(
+                f"{self.name}: extracts nothing from an answer that could be voted on; take eval.harness.pick=[best]"
+            )
         settings: dict[str, Any] = {"shots": own.shots, "chat": own.chat}
         tokens = own.max_new_tokens or config.data.max_response_tokens
         files = {"data": File(f"eval.harness.data.{self.name}", file)} if file else {}
@@ -57,7 +64,16 @@ class Task:
             files=files,
             max_new_tokens=tokens,
             until=harness.until(self.name) if answered else (),
-            settings={"settings": {**settings, "limit": own.limit, "definition": definition}},
+            settings={
+                "settings": {
+                    **settings,
+                    "limit": own.limit,
+                    "definition": definition,
+                    **({"majority": True} if vote else {}),
+                },
+                **({"strategy": made.strategy, "verifier": reader} if made else {}),
+            },
+            samples=made,
         )
 
     def setup(
@@ -81,9 +97,26 @@ class Task:
         protocol: str,
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
+        samples: Sequence[Mapping[str, Any]] = (),
+        strategy: Strategy | None = None,
+        select: Sequence[Mapping[str, Any]] = (),
+        majority: bool = False,
+        extract: Callable[[str], str | None] | None = None,
         **settings: Any,
     ) -> Measured:
-        return harness.measure(self.setup(**settings), questions, answers or likelihoods, protocol)
+        """`samples`: several answers to each question, made by `strategy`; how they are picked is several.py's."""
+        setup = self.setup(**settings)
+        made = harness.measure(setup, questions, answers or likelihoods, protocol)
+        if strategy is None:
+            return made
+        how: dict[str, Any] = {"select": select, "majority": majority, "extract": extract}
+        more = several.measure(setup, questions, samples, strategy, **how)
+        return Measured(
+            made.metrics | more.metrics,
+            {what: count + more.dropped[what] for what, count in made.dropped.items()},
+            made.items | more.items,
+            made.records,
+        )
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return harness.headline(metrics)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import evals
-from evals.needs import Asked, Needs
+from evals import picks
+from evals.needs import Asked, Needs, Samples
 from evolve import sources
 from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
@@ -310,12 +311,31 @@ class _Builder:
                 inputs[use] = self.score(scorer, answers, model)
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
             if needs.versus is not None:
-                inputs["verdicts"] = self.compare(name, needs, prompts, answers)
+                turns = self.config.eval.turns
+                judged = {1, turns} if self.config.eval.judged == "ends" else set(range(1, turns + 1))
+                inputs["verdicts"] = self.compare(name, needs, prompts, answers, judged)
                 judge = [self.annotator_name, *([needs.judging] if needs.judging else [])]
                 protocol += [f"judged by {self.annotator_name}"]
+            if needs.samples is not None:
+                inputs |= self.picked(name, needs, needs.samples, model, prompts)
+                of = f"{picks.shape(needs.samples.strategy)} at temperature {needs.samples.temperature:g}"
+                protocol += [f"picked from {of}"]
+                if needs.samples.select is not None:
+                    protocol += [f"best {VERBS['select']} by {self.scorer_name(needs.samples.select)}"]
             inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}
             said = {"protocol": ", ".join(protocol), "judge": ", ".join(judge)}
             self.add("evaluate", inputs, benchmark=name, **said, **needs.settings)
+
+    def picked(self, name: str, needs: Needs, several: Samples, model: Artefact, prompts: Stage) -> dict[str, Artefact]:
+        """Several answers to each question, and what there is to pick by; of those that are judged, the best alone."""
+        sampling = Sampling(temperature=several.temperature, top_k=0, top_p=1.0)
+        config, limits = self.config.eval, (needs.max_new_tokens, needs.until)
+        made = self.respond(model, prompts, several.strategy, sampling, config.seed, config.select, *limits)
+        scores = {} if several.select is None else {"select": self.score(several.select, made, model)}
+        if needs.versus is None:
+            return {"samples": made, **scores}
+        best = self.add("pick", {"answers": made, "scores": scores["select"]})
+        return {"best_answers": best, "best_verdicts": self.compare(name, needs, prompts, best, {1})}
 
     def answers(self, model: Artefact, prompts: Stage, needs: Needs) -> Stage:
         looks = needs.scorers.get("select", needs.scorers.get("scores", "none"))
@@ -337,11 +357,10 @@ class _Builder:
         asked = replace(asked, settings={**asked.settings, "revisions": commits})
         return replace(needs, asked=asked, settings={**needs.settings, "settings": told})
 
-    def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage) -> Stage:
+    def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage, turns: set[int]) -> Stage:
         """Answers against references, by the annotator."""
         config = self.config
         inputs: dict[str, Artefact] = {"answers": answers, "questions": questions}
-        turns = range(1, config.eval.turns + 1) if config.eval.judged == "all" else {1, config.eval.turns}
         judge: dict[str, Any] = {"endpoint": None, "scorer": None}
         if isinstance(config.annotator, Endpoint):
             judge["endpoint"] = config.annotator

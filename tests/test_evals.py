@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import refinement, statistics, test_time
+from evals import picks, refinement, statistics, test_time
 from evals.statistics import Estimate
 from evolve.config import Strategy
 
@@ -198,13 +198,39 @@ def test_whole_chains_are_measured_as_without_a_rule(scores):
 
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=9))
 def test_majority_is_the_most_frequent_and_the_earlier_of_equals(said):
-    found = said[test_time.majority(said)]
+    found = said[picks.majority(said)]
     counts = {text: said.count(text) for text in said if text is not None}
     if not counts:
-        assert test_time.majority(said) == 0
+        assert picks.majority(said) == 0
         return
     assert counts[found] == max(counts.values())
-    assert test_time.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+    assert picks.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+
+
+@given(
+    st.lists(
+        st.tuples(st.none() | st.integers(0, 3).map(float), st.sampled_from(["a", "b", None])), min_size=4, max_size=4
+    ),
+    st.sampled_from(["parallel", "chain"]),
+)
+def test_what_is_picked_from_several(found, name):
+    """Of any number of them; those without a score or text are passed over, and the first stands where all are."""
+    scores, said = map(list, zip(*found, strict=True))
+    strategy = Strategy(name=name, answers=4, branching=None, expand=None, chains=2 if name == "chain" else 1)
+    assert list(picks.sizes(strategy)) == ([2, 4] if name == "chain" else [1, 2, 3, 4])
+    for size in picks.sizes(strategy):
+        which = picks.picked(strategy, size, scores, said)
+        assert list(which) == ["single", *(["latest"] if name == "chain" else []), "best", "majority"]
+        assert list(which["single"]) == list(range(size))
+        assert list(which.get("latest", [])) == ([size - 2, size - 1] if name == "chain" else [])
+        ([best], [vote]) = (which[kind] for kind in ("best", "majority"))
+        known = [score for score in scores[:size] if score is not None]
+        assert best == (scores.index(max(known)) if known else 0)
+        assert vote == picks.majority(said[:size])
+        assert (said[vote] is None) == (set(said[:size]) == {None})
+    assert "best" not in picks.picked(strategy, 4, None, said) and "majority" not in picks.picked(
+        strategy, 4, scores, None
+    )
 
 
 def parallel(answers):
