@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from evolve import cost, plan, sources, workers
+from evolve import cost, plan, snapshot, sources, workers
 from evolve.config import ROOT, Config, ConfigError
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
@@ -113,7 +113,7 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
         Store(planned.store.root, planned.store.lease_timeout),
         planned.config.resources,
         planned.folder / "logs",
-        code(),
+        snapshot.code(),
     )
     outcomes: dict[str, Outcome] = {}
     if any(not verdict.reused for verdict in planned.verdicts.values()):
@@ -162,11 +162,12 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
 
 
 def begin(planned: Planned) -> None:
-    """The sweep's folder. Raises ConfigError where it can't be written."""
+    """The sweep's folder; the code that runs is kept. Raises ConfigError where the folder can't be written."""
     try:
         write_sweep(planned)
     except OSError as error:
         raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
+    snapshot.hold()
 
 
 def run(
@@ -282,17 +283,3 @@ def objective(planned: Planned, number: int) -> float | None:
     if record is None or benchmark is None:
         return None
     return next(record["values"][name] for name in evals.load(benchmark).OBJECTIVE if name in record["values"])
-
-
-def code() -> dict[str, Any]:
-    """The commit that runs, and whether the working tree differs from it."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        status = git("status", "--porcelain")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-    except FileNotFoundError:
-        return {"commit": None, "dirty": None}

@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import shlex
 import subprocess
 import time
 import uuid
@@ -23,8 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve import jobs
-from evolve.config import ROOT, ConfigError, Resources
+from evolve import jobs, snapshot
+from evolve.config import ConfigError, Resources
 from evolve.jobs import Job
 from evolve.store import Lease, Stage, Store, digest
 
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from evolve.launch import Planned
 
 # What sbatch says where the site allows no more jobs for now.
-FULL = re.compile(r"MaxSubmitJob|MaxJobs|job submit limit|temporarily unable to accept job|job limit", re.IGNORECASE)
+FULL = re.compile(
+    r"MaxSubmitJob|MaxJobs|job submit limit|temporarily unable to accept job|temporarily unavailable|job limit",
+    re.IGNORECASE,
+)
 LIVE = {
     "PENDING",
     "RUNNING",
@@ -136,7 +140,7 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
         "qos": slurm.qos,
         "constraint": slurm.constraint,
         "signal_delay_s": slurm.signal_seconds,
-        "setup": [*slurm.setup, f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'],
+        "setup": [*slurm.setup, *(f"export {name}={shlex.quote(it)}" for name, it in snapshot.environment().items())],
         # Of itself, srun gives a step one CPU of the job's since Slurm 22.05.
         "srun_args": [f"--cpus-per-task={need.cpus}", "--kill-on-bad-exit=1"],
         "stderr_to_stdout": True,
@@ -225,7 +229,6 @@ def _note(planned: Planned, made: Mapping[str, tuple[str, str]]) -> None:
 
 def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
     """Slurm's id of the job. Raises Full."""
-    from evolve.launch import code
     from evolve.slurm_job import Run
     from evolve.workers import Setting
 
@@ -236,7 +239,7 @@ def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
     temporary = where / f".stages-{uuid.uuid4().hex[:8]}"
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.rename(where / "stages.json")
-    setting = Setting(Store(store.root, store.lease_timeout), resources, where, code())
+    setting = Setting(Store(store.root, store.lease_timeout), resources, where, snapshot.code())
     options = parameters(job, resources)
     waits = [f"afterok:{':'.join(needs)}"] if needs else []
     if job.shared is not None:

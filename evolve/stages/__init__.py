@@ -11,6 +11,7 @@ stay inside `run`, so that planning needs none.
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
     likelihood   model, questions -> log-likelihoods of the choices       likelihoods.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
+    pick         answers, scores -> the best answer                       answers.jsonl
     compare      answers, questions -> verdicts          (a judge)        verdicts.jsonl, replies.jsonl
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
@@ -40,6 +41,7 @@ KINDS = (
     "respond",
     "likelihood",
     "score",
+    "pick",
     "compare",
     "pair",
     "reference",

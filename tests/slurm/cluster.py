@@ -155,7 +155,8 @@ class Cluster:
         self._await_idle([node])
 
     def kill_controller(self, *, orderly: bool = False) -> None:
-        """slurmctld ends; jobs run on. Unless it is told to (`orderly`), it forgets what came in its last 5 seconds."""
+        """slurmctld ends; jobs run on. Unless it is told to (`orderly`), it forgets its last 10 seconds or so:
+        jobs submitted then are lost, their numbers given again, and those started then are killed and start anew."""
         self._kill("slurmctld", signal.SIGTERM if orderly else signal.SIGKILL)
 
     def start_controller(self) -> None:
@@ -165,10 +166,7 @@ class Cluster:
     def hurry(self) -> None:
         """Jobs that wait for their time, such as requeued ones, may start now."""
         for job in self.queue():
-            if job.state == "PENDING" and job.reason in (
-                "BeginTime",
-                "None",
-            ):  # None: not yet looked at since its requeue
+            if job.state == "PENDING" and job.reason in ("BeginTime", "None"):  # None: just requeued
                 self.run("scontrol", "update", f"JobId={job.id}", "StartTime=now")
 
     # Use

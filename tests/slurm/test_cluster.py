@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -63,7 +64,8 @@ def test_a_dead_nodes_job_ends_on_another(cluster, tmp_path):
     ran = tmp_path / "ran"
     wrap = f"echo $SLURM_RESTART_COUNT $(hostname) >> {ran}; sleep 2; echo end >> {ran}"
     number = cluster.submit(wrap=wrap)
-    node = comes_to(cluster, number, "RUNNING").node
+    cluster.wait_until(lambda: ran.exists() and ran.read_text().endswith("\n"), 20)
+    node = job(cluster, number).node
     cluster.kill_node(node)
     cluster.wait_until(lambda: job(cluster, number).reason == "BeginTime", 60)  # Slurm has noticed, and holds it
     cluster.hurry()
@@ -106,6 +108,13 @@ def test_a_controller_that_dies_keeps_its_jobs(cluster, tmp_path):
     comes_to(cluster, ending, "COMPLETED")
     assert (job(cluster, running).state, job(cluster, running).comment) == ("RUNNING", "runs on")
     assert (job(cluster, held).state, job(cluster, held).reason) == ("PENDING", "JobHeldUser")
+
+
+def test_a_controller_told_to_end_forgets_nothing(cluster):
+    number = cluster.submit("--hold", wrap="true")
+    cluster.kill_controller(orderly=True)
+    cluster.start_controller()
+    assert job(cluster, number).reason == "JobHeldUser"
 
 
 def test_a_failed_dependency_cancels_or_waits_for_ever(cluster):
@@ -189,6 +198,7 @@ def test_a_killed_test_leaves_no_process(cluster, tmp_path):
         assert processes(of)
         test.kill()
     cluster.wait_until(lambda: not processes(of), 10)
+    shutil.rmtree(folder)
 
 
 def test_a_daemon_that_fails_says_why(make_cluster):
