@@ -181,7 +181,9 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
             cancel(queued.id for key, queued in queue(store).items() if key == rest(planned.folder))
         made = Submission(attached=sum(stage in under_way for stage in planned.graph.stages))
         _note(planned, {stage: job for stage, job in under_way.items() if stage in planned.graph.stages})
-        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - len(queue(store))
+        own = {rest(planned.folder)} if again else set()  # the job that this runs in
+        there = len(queue(store).keys() - own)
+        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - there
         number_of = {stage: number for stage, (_, number) in under_way.items()}
         taken = 0
         for job in todo:

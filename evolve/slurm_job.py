@@ -2,7 +2,7 @@
 
     a stage fails            tried again as resources.retries says, then the job fails, and Slurm cancels what needs it
     another process has it   the job goes back into the queue: nothing is held while it waits
-    time-out, preemption     signalled: workers stop, the job goes back and goes on from the last checkpoint
+    time limit, preemption   told: workers stop, the job goes back and goes on from the last checkpoint
     node failure, SIGKILL    Slurm puts it back into the queue
 
 A job that comes back finds in the store what it finished. `events.jsonl` in its folder says what happened, for status.
@@ -26,7 +26,16 @@ from evolve import snapshot
 from evolve.store import Stage
 from evolve.workers import Outcome, Progress, Setting, Workers
 
+GRACE = 900  # seconds after SIGTERM in which Slurm is to end this process
 PATIENCE = 3  # time-outs in a row without any progress after which a job has failed
+
+
+class Told(BaseException):
+    """SIGTERM: Slurm is about to end this process, and most likely has told the workers as well."""
+
+
+def _tell(number: int, frame: Any) -> None:
+    raise Told
 
 
 class Events:
@@ -92,22 +101,31 @@ class Run:
                 raise RuntimeError(f"{item.id}: not there; the sweep's command makes it")
         todo = [stage for stage in self.stages if store.record(stage) is None]
         self.pool = Workers(self.setting)
+        signal.signal(signal.SIGTERM, _tell)
         try:
             outcomes = launch.run(todo, store, self.pool, events, retries=self.setting.resources.retries, patient=False)
+            self.pool.close()
+            failed = [stage_id for stage_id, outcome in outcomes.items() if outcome.status == "failed"]
+            if failed:
+                time.sleep(2)  # it may have been this job's end that its worker heard of first
+                raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
         except launch.Busy as held:
             self.pool.close()
             events.add("back", message=f"{held} is being made by another process")
             requeue()
-        self.pool.close()
-        failed = [stage_id for stage_id, outcome in outcomes.items() if outcome.status == "failed"]
-        if failed:
-            raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
+        except Told:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.pool.close()
+            events.add("back", message="told to go: preemption or cancellation")
+            time.sleep(GRACE)  # to end by itself now would be a failure, and what needs this job would be cancelled
+            sys.exit(1)
         events.add("end")
 
     def checkpoint(self) -> Any:
         """Told to go: what is running stops, and goes on from its checkpoint when the job comes back."""
         from submitit.helpers import DelayedSubmission
 
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's handler doesn't stand being called twice
         # scontrol inherits it: what asks for the requeue must not die of the signal that the requeue sends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         events = Events(self.folder)

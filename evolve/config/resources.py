@@ -49,7 +49,7 @@ class Slurm(Section):
     setup: tuple[str, ...]
     python: str | None
     signal_seconds: Annotated[int, Field(ge=10)]
-    max_jobs: Positive | None
+    max_jobs: Annotated[int, Field(ge=2)] | None  # one of them may be the job that submits the rest
     needs: dict[str, Need]
 
     @field_validator("needs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from evolve.config import ROOT
 from evolve.store import Store
 
 from .cluster import Cluster, Job
+from .conftest import running
 
 README = ["-m", "strategy=chain,tree", "loss=sft,pt,both"]
 SMALL = ["debug=fast", "data.eval_prompts=8", "data.prompts=8", "eval.turns=2"]
 ONE = ["strategy=chain", "loss=both", *SMALL]
+HOLD = 8  # seconds
 PATIENCE = 400  # seconds, on a machine with two cores that has other things to do
 # A node has four CPUs: a job of stages takes one whole, and a small one goes beside it.
 HERE = {
@@ -78,11 +81,7 @@ class Sweep:
 
     def wait(self) -> None:
         """Until no job is left."""
-        self.cluster.wait_until(self.hurried, PATIENCE)
-
-    def hurried(self) -> bool:
-        self.cluster.hurry()
-        return not self.cluster.queue()
+        self.cluster.wait_until(lambda: not self.cluster.queue(), PATIENCE)
 
     def running(self, kind: str = "") -> Job | None:
         """A job that has begun a stage (of a kind) which is not done."""
@@ -111,6 +110,13 @@ class Sweep:
             store.verify(stage)
         assert [path for path in store.litter() if "quarantine" not in str(path)] == []
         assert self.cluster.queue() == []
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """Slurm's default holds a job that went back into the queue for two minutes."""
+    with running(tmp_path_factory.mktemp("slurm"), hold=HOLD) as made:
+        yield made
 
 
 @pytest.fixture
@@ -144,7 +150,7 @@ def test_the_readmes_sweep_loses_a_node_and_the_controller_and_is_byte_identical
 
 def test_faults_one_after_another_and_the_same_command(sweep, cluster):
     """The submitting process killed; a job told to go as at a time limit; one pushed off; one cancelled."""
-    slurm = sweep(*ONE, resources__slurm__partition="low")
+    slurm = sweep(*ONE, "iteration.count=3", resources__slurm__partition="low")
     with subprocess.Popen(slurm.command, cwd=slurm.folder, env=slurm.environment, stdout=subprocess.DEVNULL) as process:
         cluster.wait_until(lambda: len(cluster.queue()) > 2, PATIENCE)
         process.send_signal(signal.SIGKILL)
@@ -152,15 +158,23 @@ def test_faults_one_after_another_and_the_same_command(sweep, cluster):
     comments = [job.comment for job in cluster.queue()]
     assert len(comments) == len(set(comments)) > 2
 
-    job = cluster.wait_until(slurm.running, PATIENCE)
-    cluster.run("scancel", "--signal=USR2", job.id)
-    cluster.wait_until(lambda: restarted(cluster, job), PATIENCE)
-    job = cluster.wait_until(slurm.running, PATIENCE)
-    pushing = cluster.submit("--partition=main", "--exclusive", "--nodes=3", wrap="sleep 2")
-    cluster.wait_until(lambda: restarted(cluster, job) or pushing not in ids(cluster), PATIENCE)
-    cluster.wait_until(lambda: pushing not in ids(cluster), PATIENCE)
-    job = cluster.wait_until(slurm.running, PATIENCE)
-    cluster.run("scancel", job.id)
+    def told() -> bool:
+        """Tells a job to go, as Slurm does before a time limit; whether one has gone back into the queue."""
+        if job := slurm.running():
+            cluster.run("scancel", "--signal=USR2", job.id)
+        return restarts(cluster) > 0
+
+    def pushed() -> bool:
+        """Takes all nodes for a second; whether a job of ours had to make room."""
+        if slurm.running():
+            pushing = cluster.submit("--partition=main", "--exclusive", "--nodes=3", wrap="sleep 1")
+            cluster.wait_until(lambda: pushing not in {job.id for job in cluster.queue()}, PATIENCE)
+        return restarts(cluster) > before
+
+    cluster.wait_until(told, PATIENCE)
+    before = restarts(cluster)
+    cluster.wait_until(pushed, PATIENCE)
+    cluster.run("scancel", cluster.wait_until(slurm.running, PATIENCE).id)
     slurm.wait()
     cluster.wait_until(lambda: slurm.count()["missing"], PATIENCE)  # once its lease has run out
     slurm.submit()
@@ -168,22 +182,16 @@ def test_faults_one_after_another_and_the_same_command(sweep, cluster):
     slurm.check()
 
 
-def ids(cluster: Cluster) -> set[str]:
-    return {job.id for job in cluster.queue()}
-
-
-def restarted(cluster: Cluster, job: Job) -> bool:
-    """Whether a job is back in the queue; it may start again at once."""
-    cluster.hurry()
-    shown = cluster.run("scontrol", "show", "job", job.id).stdout
-    return "Restarts=0" not in shown
+def restarts(cluster: Cluster) -> int:
+    """How often jobs that are known went back into the queue."""
+    return sum(map(int, re.findall(r"Restarts=(\d+)", cluster.run("scontrol", "show", "job").stdout)))
 
 
 @pytest.mark.parametrize("accounting", [True, False], ids=["limit of a user", "limit of the cluster"])
 def test_more_jobs_than_the_site_takes(make_cluster, tmp_path, accounting):
     limits = {"accounting": True, "max_submit": 4} if accounting else {}
     with contextlib.ExitStack():
-        cluster = make_cluster(hold=1, **limits)
+        cluster = make_cluster(hold=HOLD, **limits)
         slurm = Sweep(cluster, tmp_path, *ONE, **({} if accounting else {"resources__slurm__max_jobs": 4}))
         said = slurm.submit()
         assert "wait for room" in said
