@@ -478,11 +478,13 @@ class Verdict:
 
     reused: bool
     why: str = ""
-    seconds: float | None = None  # expected, from earlier records of its kind; None: nothing to go by
 
 
-def compare(graph: Graph, store: Store) -> dict[str, Verdict]:
-    """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has."""
+def compare(graph: Graph, store: Store) -> tuple[dict[str, Verdict], dict[str, Mapping[str, Any]]]:
+    """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has.
+
+    The second: the records by id, of all that is in the store, unless nothing is new.
+    """
     records = {node.id: store.record(node) for node in graph.stages.values()}
     others: dict[str, list[dict[str, Any]]] = {}
     if any(record is None for record in records.values()):
@@ -498,11 +500,10 @@ def compare(graph: Graph, store: Store) -> dict[str, Verdict]:
         if records[node.id] is not None:
             verdicts[node.id] = Verdict(True)
         elif store.folder(node.id).exists():
-            verdicts[node.id] = Verdict(False, "a damaged result", _expected(node, others.get(node.kind, [])))
+            verdicts[node.id] = Verdict(False, "a damaged result")
         else:
-            peers = others.get(node.kind, [])
-            verdicts[node.id] = Verdict(False, _why(node, peers, verdicts), _expected(node, peers))
-    return verdicts
+            verdicts[node.id] = Verdict(False, _why(node, others.get(node.kind, []), verdicts))
+    return verdicts, {record["id"]: record for records in others.values() for record in records}
 
 
 def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]) -> str:
@@ -527,14 +528,6 @@ def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str,
 def _short(value: Any) -> str:
     text = str(value).replace("\n", " ")
     return text if len(text) <= 32 else text[:29] + "..."
-
-
-def _expected(node: Stage, peers: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds that records of its kind took with the same weights and data: of the same settings, or else of any."""
-    akin = [peer for peer in peers if peer.get("roots") == sorted(node.roots)]
-    same = [peer["seconds"] for peer in akin if peer["identity"]["config"] == node.identity["config"]]
-    found = same or [peer["seconds"] for peer in akin]
-    return sum(found) / len(found) if found else None
 
 
 def names(configs: Sequence[Config], overrides: Iterable[Sequence[str]]) -> list[str]:
