@@ -14,8 +14,8 @@ from evolve.stages import KINDS
 from evolve.store import Stage
 
 if TYPE_CHECKING:
-    from evolve.launch import Planned
     from evolve.estimate import Estimate
+    from evolve.launch import Planned
     from evolve.simulate import Outlook
     from evolve.slurm import Submission
     from evolve.workers import Outcome, Progress
@@ -132,7 +132,7 @@ class Show:
         for (kind, how), here in sorted(rows.items(), key=lambda row: KINDS.index(row[0][0])):
             spent = "?" if how == "unknown" else duration(sum(one.seconds or 0.0 for one in here))
             table.add_row(kind, str(len(here)), spent, self._words(how, here))
-        if rows:
+        if any(how != "unknown" for _, how in rows):
             self.console.print(table)
 
     def _words(self, how: str, expected: Sequence[Estimate]) -> str:

@@ -41,12 +41,16 @@ class Task:
 
 @dataclass
 class Schedule:
-    """starts, ends: seconds by task's key. path: what the longest chain of tasks that wait for one another takes."""
+    """starts, ends: seconds by task's key; nodes: where. path: seconds of the longest chain of tasks that wait.
+
+    busy: the share of the GPUs' time that jobs hold them, until the last has ended.
+    """
 
     starts: dict[str, float] = field(default_factory=dict)
     ends: dict[str, float] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
     path: float = 0.0
-    busy: float = 0.0  # share of the GPUs' time that jobs hold them, until the last has ended
+    busy: float = 0.0
 
     @property
     def makespan(self) -> float:
@@ -110,7 +114,7 @@ def simulate(
                         continue
                     _add(held[2], task.wants, -1)
                 _add(free[node], task.wants, -1)
-                made.starts[task.key], limits[place] = now, now + limit
+                made.starts[task.key], made.nodes[task.key], limits[place] = now, node, now + limit
                 heapq.heappush(running, (now + startup + task.seconds, place, node))
                 break
             else:
