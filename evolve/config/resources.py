@@ -61,7 +61,7 @@ class Slurm(Section):
     max_jobs: Positive | None
     simulate: tuple[Positive, ...] | None = None
     node: Node = Node()
-    startup_seconds: Weight = 10.0
+    startup_seconds: Weight = 5.0
     needs: dict[str, Need]
 
     @field_validator("needs")
