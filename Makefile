@@ -58,7 +58,7 @@ lock: | $(PY)  ## resolve constraints.txt again; add UV_UPGRADE=1 to move on
 		$(if $(UV_UPGRADE),--upgrade) --custom-compile-command 'make lock' pyproject.toml -o constraints.txt
 
 clean:  ## remove .venv and every cache; outputs/ and weights/ stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) .snapshots build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -2,15 +2,15 @@
 
 A benchmark's file has
     needs(config) -> Needs                          whose prompts are answered, and who scores, for plan.py
-    measure(answers, ..., protocol) -> Measured     metrics as JSON, counts of what has no score, values by prompt
+    measure(answers, ..., protocol) -> Measured     metrics as JSON, counts of what has no score, values by prompt, and
+                                                    what writes files that others' tools can score again
     METRICS                                         their names, the first the one a search maximises, and titles
     headline(metrics) -> {name: {metric: estimate}} the few numbers that are said of a model
     summary(metrics) -> str                         the same as a line
     EXPLAIN, OBJECTIVE                              what the names mean; which of them a search maximises
 one with prompts of its own
     questions(files ..., limit, ...) -> rows        {"id", "prompt", "reference"?, ...}
-and one that a judge decides asks, read, stand_in (games.py). records(out, ...), where there is one, writes files that
-others' tools can score again.
+and one that a judge decides asks, read, stand_in (games.py); its `measure` is also given the judge and its replies.
 """
 
 from __future__ import annotations

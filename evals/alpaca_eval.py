@@ -25,10 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evals import length_control, refinement, statistics, tables
+from evals import length_control, picks, refinement, statistics, tables
 from evals.games import Ask, Replies, Reply
 from evals.length_control import Control, Controlled, Game, Unfitted
-from evals.needs import Asked, File, Measured, Needs
+from evals.needs import Asked, File, Measured, Needs, samples
 from evals.statistics import Estimate
 from evolve import templates
 from evolve.config import Config, ConfigError, Endpoint
@@ -40,6 +40,7 @@ EXPLAIN = {
     "win_rate": "mean preference of the answer over the reference, 50 where they are alike",
     "lc_win_rate": "what it would be at equal lengths, by AlpacaEval's GLM; the interval counts the fit",
     "gain": "refined - direct, paired",
+    "best": picks.EXPLAIN["best"],
 }
 EVALUATOR = "weighted_alpaca_eval_gpt4_turbo"
 TOKENS = ["m", "M"]  # of the output shown first, and second
@@ -73,6 +74,7 @@ def needs(config: Config) -> Needs:
         files={use: File(f"{here}.{use}", path, own.revision) for use, path in fit.items() if path},
         max_new_tokens=tokens,
         settings={"settings": {"length_controlled": own.length_control}},
+        samples=samples(config, own.pick),
     )
 
 
@@ -176,18 +178,27 @@ def measure(
     verdicts: Sequence[Mapping[str, Any]],
     protocol: str,
     *,
+    best_answers: Sequence[Mapping[str, Any]] = (),
+    best_verdicts: Sequence[Mapping[str, Any]] = (),
+    best_replies: Replies | None = None,
     difficulty: str | None = None,
     gamed: str | None = None,
     length_controlled: bool = True,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
-    """Metrics by judged turn. A length-controlled win rate that can't be had is None, and its turn says why.
+    """Metrics by judged turn, and of the best of several answers, where there are.
+
+    A length-controlled win rate that can't be had is None, and its turn says why.
 
     Args:
         questions: rows of `questions`.
         answers: rows of answers.jsonl.
         verdicts: {"id", "verdicts": {"1": [preference or None], ...}} for each question; [] where nothing was asked.
         protocol: judge, `protocol`, strategy ...: what a number must be quoted with.
+        best_answers, best_verdicts, best_replies: the same of the answers that the stage `pick` took, as turn 1.
         difficulty, gamed: files as in length_control.load.
+        replies, judge: what was said and by whom, for the records.
 
     Raises ValueError if no answer of a turn has a preference.
     """
@@ -198,29 +209,43 @@ def measure(
             control.cover(questions[0]["of"])
         except (OSError, ValueError) as error:
             control = Unfitted(str(error))
-    metrics, fits, points = [], [], []
-    dropped = {"answers never made": 0, "verdicts that can't be read": 0}
-    for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
-        turn_games, unmade = games(questions, answers, verdicts, turn)
-        found, fit = score(turn_games, control)
-        metrics.append({"turn": turn, **found})
-        fits.append(fit)
-        points.append({game.id: _points(game) for game in turn_games if game.preference is not None})
-        dropped["answers never made"] += unmade
-        dropped["verdicts that can't be read"] += found["unscored"] - unmade
-    if not metrics:
+    turns = sorted({int(turn) for row in verdicts for turn in row["verdicts"]})
+    if not turns:
         raise ValueError("no turn of any answer was judged")
-    won = {key: value - points[0][key] for key, value in points[-1].items() if key in points[0]}
-    first, last = fits[0], fits[-1]
+    played = [games(questions, answers, verdicts, turn) for turn in turns]
+    played += [games(questions, best_answers, best_verdicts, 1)] if best_answers else []
+    scored = [score(found, control) for found, _ in played]
+    points = [{game.id: _points(game) for game in found if game.preference is not None} for found, _ in played]
+    unmade = sum(count for _, count in played)
+    unread = sum(found["unscored"] for found, _ in scored) - unmade
+    last = len(turns) - 1
+    won = {key: value - points[0][key] for key, value in points[last].items() if key in points[0]}
+    direct, refined = scored[0][1], scored[last][1]
     gain = {
         "win_rate": asdict(statistics.mean({key: [value] for key, value in won.items()})) if won else None,
-        "lc_win_rate": asdict(length_control.gain(last, first))
-        if isinstance(first, Controlled) and isinstance(last, Controlled)
+        "lc_win_rate": asdict(length_control.gain(refined, direct))
+        if isinstance(direct, Controlled) and isinstance(refined, Controlled)
         else None,
     }
+    metrics: dict[str, Any] = {
+        "benchmark": "alpaca_eval",
+        "protocol": protocol,
+        "turns": [{"turn": turn, **found} for turn, (found, _) in zip(turns, scored, strict=False)],
+        "gain": gain,
+    }
     # The fit's values by prompt are not among the items: paired, they would leave out that the fit might be another.
-    items = {"direct": {"win_rate": points[0]}, "refined": {"win_rate": points[-1]}, "gain": {"win_rate": won}}
-    return Measured({"benchmark": "alpaca_eval", "protocol": protocol, "turns": metrics, "gain": gain}, dropped, items)
+    items = {"direct": {"win_rate": points[0]}, "refined": {"win_rate": points[last]}, "gain": {"win_rate": won}}
+    if best_answers:
+        metrics["sizes"] = [picks.of_all(best_answers, {"best": scored[-1][0]})]
+        items["best"] = {"win_rate": points[-1]}
+
+    def records(out: Path) -> None:
+        _records(questions, answers, verdicts, replies or {}, judge, out)
+        if best_answers:
+            _records(questions, best_answers, best_verdicts, best_replies or {}, judge, out / "best")
+
+    dropped = {"answers never made": unmade, "verdicts that can't be read": unread}
+    return Measured(metrics, dropped, items, records)
 
 
 def games(
@@ -303,19 +328,18 @@ def win_rate(preferences: Sequence[float]) -> dict[str, Any]:
     return {key: None if math.isnan(value) else int(value) if key in counts else value for key, value in found.items()}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
     judge: str,
-    **_: Any,
+    out: Path,
 ) -> None:
     """Writes annotations_turn_N.json of each judged turn, in the package's form."""
     from evals import alpaca_annotations
 
+    out.mkdir(exist_ok=True)
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
         said = {key: games[str(turn)][0] for key, games in replies.items() if games.get(str(turn))}
         known = {key: reply for key, reply in said.items() if reply is not None}
@@ -327,8 +351,9 @@ def records(
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Direct answers, refined answers, and the gain of one over the other."""
-    return {"direct": metrics["turns"][0], "refined": metrics["turns"][-1], "gain": metrics["gain"]}
+    """Direct answers, refined answers, and the gain of one over the other; the best of several."""
+    turns = metrics["turns"]
+    return {"direct": turns[0], "refined": turns[-1], "gain": metrics["gain"], **picks.headline(metrics)}
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

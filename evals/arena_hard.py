@@ -33,17 +33,21 @@ from typing import Any
 
 import yaml
 
-from evals import refinement, statistics
+from evals import picks, refinement, statistics
 from evals.arena_files import Parts, battles, load
 from evals.arena_files import questions as questions  # of the benchmark's face
 from evals.games import Ask, Replies, Reply
-from evals.needs import Asked, File, Measured, Needs
+from evals.needs import Asked, File, Measured, Needs, samples
 from evals.statistics import Estimate
 from evolve.config import Config, ConfigError, Endpoint, find
 
 METRICS = {"score": "Arena-Hard score"}
 OBJECTIVE = ("refined",)
-EXPLAIN = {"score": "share of rows won against the baseline, in percent", "gain": "refined - direct, paired"}
+EXPLAIN = {
+    "score": "share of rows won against the baseline, in percent",
+    "gain": "refined - direct, paired",
+    "best": picks.EXPLAIN["best"],
+}
 
 WON = {"A>>B": (3.0, 3.0), "A>B": (1.0, 1.0), "A=B": (0.5, 1.0), "B>A": (0.0, 1.0), "B>>A": (0.0, 3.0)}  # by A
 MIRRORED = {"B<<A": WON["A>>B"], "B<A": WON["A>B"], "B=A": WON["A=B"], "A<B": WON["B>A"], "A<<B": WON["B>>A"]}
@@ -81,6 +85,7 @@ def needs(config: Config) -> Needs:
         reading={"version": own.version},
         max_new_tokens=tokens,
         settings={"settings": {"version": own.version, "template": template}},
+        samples=samples(config, own.pick),
     )
 
 
@@ -218,38 +223,33 @@ def measure(
     verdicts: Sequence[Mapping[str, Any]],
     protocol: str,
     *,
+    best_answers: Sequence[Mapping[str, Any]] = (),
+    best_verdicts: Sequence[Mapping[str, Any]] = (),
+    best_replies: Replies | None = None,
     version: str = "v0.1",
     template: str | None = None,
+    replies: Replies | None = None,
+    judge: str = "",
 ) -> Measured:
-    """The score of each turn that was judged, and the gain of the last over the first.
+    """The score of each turn that was judged, the gain of the last over the first, and the best of several.
 
     Args:
         questions: rows of `questions`.
         answers: rows of answers.jsonl (id, answers).
         verdicts: rows (id, verdicts: {turn: labels in the order of `asks`, None where there is none}).
-        template: what the judge was asked with; `records` shows it.
+        best_answers, best_verdicts, best_replies: the same of the answers that the stage `pick` took, as turn 1.
+        template: what the judge was asked with; the records show it, with its replies.
         protocol: judge, prompt_hash, baseline, temperature ...: what a number must be quoted with.
 
     Raises:
         ValueError: a turn has no game that counts, or no turn was judged.
     """
-    given = {row["id"]: row["verdicts"] for row in verdicts}
-    turns = sorted({int(turn) for found in given.values() for turn in found})
+    turns = sorted({int(turn) for row in verdicts for turn in row["verdicts"]})
     if not turns:
         raise ValueError("no turn was judged")
-    metrics, by_turn = [], []
-    for turn in turns:
-        games = [(row["id"], given.get(row["id"], {}).get(str(turn), [])) for row in questions]
-        found = judged(games, version)
-        if found["score"] is None:
-            raise ValueError(
-                f"turn {turn}: none of {found['unscored']} games has a verdict that counts; what the judge said "
-                "stands in the comparison's replies.jsonl"
-            )
-        lengths = [len(row["answers"][turn - 1]["text"]) for row in answers if len(row["answers"]) >= turn]
-        metrics.append({"turn": turn, **found, "characters": fmean(lengths) if lengths else None})
-        by_turn.append(_sums(_parts(games, version)))
-    first, last = by_turn[0], by_turn[-1]
+    metrics = [_turn(questions, answers, verdicts, turn, version) for turn in turns]
+    first, last = metrics[0][1], metrics[-1][1]
+    metrics += [_turn(questions, best_answers, best_verdicts, 1, version)] if best_answers else []
     common = first.keys() & last.keys()
     gain = None
     if common:
@@ -260,31 +260,62 @@ def measure(
         "benchmark": "arena_hard",
         "protocol": protocol,
         "version": version,
-        "turns": metrics,
+        "turns": [{"turn": turn, **found} for turn, (found, _) in zip(turns, metrics, strict=False)],
         "gain": {"score": gain},
+        **({"sizes": [picks.of_all(best_answers, {"best": metrics[-1][0]})]} if best_answers else {}),
     }
     dropped = {
-        "games without a verdict that counts": sum(turn["unscored"] for turn in metrics),
-        "prompts without a game that counts": sum(turn["unplayed"] for turn in metrics),
+        "games without a verdict that counts": sum(found["unscored"] for found, _ in metrics),
+        "prompts without a game that counts": sum(found["unplayed"] for found, _ in metrics),
     }
     # A prompt's own share would not do: paired, much better would count no more than better, unlike in the score.
     items = {
         kind: {"score": {question: 100 * value for question, value in statistics.by_prompt(side).items()}}
-        for kind, side in (("direct", first), ("refined", last))
+        for kind, side in (("direct", first), ("refined", last), *([("best", metrics[-1][1])] if best_answers else []))
     }
-    return Measured(result, dropped, items)
+    how = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
+
+    def records(out: Path) -> None:
+        _records(questions, answers, verdicts, replies or {}, how, out)
+        if best_answers:
+            _records(questions, best_answers, best_verdicts, best_replies or {}, how, out / "best")
+
+    return Measured(result, dropped, items, records)
+
+
+def _turn(
+    questions: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    turn: int,
+    version: str,
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """A turn's metrics, and (won, rows) by prompt. Raises ValueError where no game counts."""
+    given = {row["id"]: row["verdicts"] for row in verdicts}
+    games = [(row["id"], given.get(row["id"], {}).get(str(turn), [])) for row in questions]
+    found = judged(games, version)
+    if found["score"] is None:
+        raise ValueError(
+            f"turn {turn}: none of {found['unscored']} games has a verdict that counts; what the judge said "
+            "stands in the comparison's replies.jsonl"
+        )
+    lengths = [len(row["answers"][turn - 1]["text"]) for row in answers if len(row["answers"]) >= turn]
+    return {**found, "characters": fmean(lengths) if lengths else None}, _sums(_parts(games, version))
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Direct answers, refined answers, and the gain of one over the other."""
-    return {"direct": metrics["turns"][0], "refined": metrics["turns"][-1], "gain": metrics["gain"]}
+    """Direct answers, refined answers, and the gain of one over the other; the best of several."""
+    turns = metrics["turns"]
+    return {"direct": turns[0], "refined": turns[-1], "gain": metrics["gain"], **picks.headline(metrics)}
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    first, last, gain = headline(metrics).values()
-    text = f"Arena-Hard {metrics['version']} direct {first['score']['value']:.1f}, refined {last['score']['value']:.1f}"
-    if gain["score"] and gain["score"]["low"] is not None:
-        text += "; gain {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**gain["score"])
+    found = headline(metrics)
+    gain = found.pop("gain")["score"]
+    said = ", ".join(f"{kind} {worth['score']['value']:.1f}" for kind, worth in found.items())
+    text = f"Arena-Hard {metrics['version']} {said}"
+    if gain and gain["low"] is not None:
+        text += "; gain {value:+.1f} [{low:+.1f}, {high:+.1f}]".format(**gain)
     return text
 
 
@@ -329,24 +360,21 @@ def judgments(
         yield {**head, "games": games}
 
 
-def records(
-    out: Path,
+def _records(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]],
-    *,
     replies: Replies,
-    judge: str,
-    version: str = "v0.1",
-    template: str | None = None,
+    how: Mapping[str, Any],
+    out: Path,
 ) -> None:
     """Writes judgments_turn_N.jsonl of each judged turn, in upstream's form. Games of a stand-in have no text."""
+    out.mkdir(exist_ok=True)
     texts = {
         prompt: {turn: [reply.text if reply else "" for reply in games] for turn, games in turns.items()}
         for prompt, turns in replies.items()
     }
     said = [{**row, "replies": texts.get(row["id"], {})} for row in verdicts]
-    how: dict[str, Any] = {"judge": judge, "baseline": "baseline", "version": version, "template": template}
     for turn in sorted({int(turn) for row in verdicts for turn in row["verdicts"]}):
         rows = judgments(questions, answers, said, turn=turn, model=f"turn {turn}", **how)
         with (out / f"judgments_turn_{turn}.jsonl").open("w", encoding="utf-8") as file:

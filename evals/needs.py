@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from evolve.config import Strategy
+from evolve.config import Config, Strategy
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,23 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Several answers to each question, of which `measure` picks: how they are made, who scores them if anyone does."""
+
+    strategy: Strategy
+    temperature: float
+    select: str | None
+
+
+def samples(config: Config, pick: Collection[str]) -> Samples | None:
+    """Those that a benchmark's setting `pick` wants; None: none."""
+    strategy = config.eval.test_time
+    if not pick or strategy is None:
+        return None
+    return Samples(strategy, config.eval.temperature, config.eval.select if "best" in pick else None)
+
+
+@dataclass(frozen=True)
 class Needs:
     """How prompts are answered, and in words; whose scores or verdicts `measure` gets.
 
@@ -44,6 +62,7 @@ class Needs:
     its `read`.
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
     until: strings before which an answer ends.
+    samples: several answers beside those of `strategy`. Of a benchmark with a judge, the best alone is compared.
     """
 
     strategy: Strategy
@@ -58,14 +77,17 @@ class Needs:
     max_new_tokens: int | None = None
     until: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    samples: Samples | None = None
 
 
 class Measured(NamedTuple):
     """What a benchmark says of a model: metrics as JSON, counts of what could not be scored, and values by prompt.
 
     items: {kind of answer, as in headline: {metric: {prompt's id: value}}}, for comparisons that are paired by prompt.
+    records: writes files into a folder that others' tools can score again.
     """
 
     metrics: dict[str, Any]
     dropped: dict[str, int]
     items: dict[str, dict[str, dict[str, float]]]
+    records: Callable[[Path], None] | None = None

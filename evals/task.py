@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from evals import harness, refinement
+from evals import harness, refinement, sandbox, several
 from evals.harness import EXPLAIN, METRICS, OBJECTIVE
-from evals.needs import Asked, File, Measured, Needs
-from evolve.config import Config, find
+from evals.needs import Asked, File, Measured, Needs, samples
+from evolve.config import Config, Strategy, find
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,30 @@ class Task:
     def needs(self, config: Config) -> Needs:
         own, file = config.eval.harness, config.eval.harness.data.get(self.name)
         answered = harness.kind(self.name) == "generate"
+        if harness.runs_programs(self.name):
+            if not own.unsafe_code:
+                allow = "eval.harness.unsafe_code=true allows it, in a sandbox"
+                raise ValueError(f"{self.name}: runs programs that the model wrote; {allow}")
+            if missing := sandbox.missing():
+                raise ValueError(f"{self.name}: {missing}")
         server = config.engine.name == "openai" and config.engine.url
         if not answered and server:
             raise ValueError(
                 f"{self.name}: weighs choices, which the server at engine.url isn't asked for; take engine=hf"
+            )
+        made = samples(config, own.pick) if answered else None
+        vote = made is not None and "majority" in own.pick
+        reader = harness.verifier(self.name) if vote else None
+        if vote and not reader and not harness.extractions(self.name):
+            raise ValueError(
+                f"{self.name}: extracts nothing from an answer that could be voted on; take eval.harness.pick=[best]"
             )
         settings: dict[str, Any] = {"shots": own.shots, "chat": own.chat}
         tokens = own.max_new_tokens or config.data.max_response_tokens
         files = {"data": File(f"eval.harness.data.{self.name}", file)} if file else {}
         if file and (found := find(file)) and (beside := harness.examples(self.name, found, own.shots)):
             files["examples"] = File(f"eval.harness.data.{self.name}", str(beside))
-        said = harness.protocol(self.name, data=file, tokens=tokens, limit=own.limit, **settings)
+        said = harness.protocol(harness.Setup(self.name, file, limit=own.limit, **settings), tokens)
         definition = harness.definition(self.name)
         return Needs(
             refinement.chain(config.eval.turns),
@@ -52,18 +64,32 @@ class Task:
             files=files,
             max_new_tokens=tokens,
             until=harness.until(self.name) if answered else (),
-            settings={"settings": {**settings, "limit": own.limit, "definition": definition}},
+            settings={
+                "settings": {
+                    **settings,
+                    "limit": own.limit,
+                    "definition": definition,
+                    **({"majority": True} if vote else {}),
+                },
+                **({"strategy": made.strategy, "verifier": reader} if made else {}),
+            },
+            samples=made,
         )
 
-    def _data(self, data: str | None, examples: str | None) -> harness.Data:
-        tested, shown = harness.splits(self.name)
-        return {tested: data, str(shown): examples} if data and examples else data
-
-    def questions(
+    def setup(
         self, data: str | None = None, examples: str | None = None, definition: str = "", **settings: Any
-    ) -> list[dict[str, Any]]:
+    ) -> harness.Setup:
         """`definition`: of the task, which is part of the questions' identity."""
-        return harness.questions(self.name, data=self._data(data, examples), **settings)
+        tested, shown = harness.splits(self.name)
+        files: harness.Data = {tested: data, str(shown): examples} if data and examples else data
+        return harness.Setup(self.name, files, **settings)
+
+    def check(self, **settings: Any) -> None:
+        """Raises ValueError for files that are not as they should be, sooner than `questions` could."""
+        harness.check(self.setup(**settings))
+
+    def questions(self, **settings: Any) -> list[dict[str, Any]]:
+        return harness.questions(self.setup(**settings))
 
     def measure(
         self,
@@ -71,37 +97,26 @@ class Task:
         protocol: str,
         answers: Sequence[Mapping[str, Any]] = (),
         likelihoods: Sequence[Mapping[str, Any]] = (),
-        data: str | None = None,
-        examples: str | None = None,
-        definition: str = "",
+        samples: Sequence[Mapping[str, Any]] = (),
+        strategy: Strategy | None = None,
+        select: Sequence[Mapping[str, Any]] = (),
+        majority: bool = False,
+        extract: Callable[[str], str | None] | None = None,
         **settings: Any,
     ) -> Measured:
-        files, given = self._data(data, examples), answers or likelihoods
-        made = harness.measure(questions, given, protocol, self.name, data=files, **settings)
-        return made._replace(metrics={**made.metrics, "benchmark": self.name})
-
-    def records(
-        self,
-        out: Path,
-        questions: Sequence[Mapping[str, Any]],
-        answers: Sequence[Mapping[str, Any]] = (),
-        likelihoods: Sequence[Mapping[str, Any]] = (),
-        data: str | None = None,
-        examples: str | None = None,
-        definition: str = "",
-        **settings: Any,
-    ) -> None:
-        """Writes lm_eval/turn_N/: results and samples of each turn as lm-eval writes them."""
-        made = answers or likelihoods
-        turns = max((len(row["answers"]) for row in answers), default=1)
-        for turn in range(turns):
-            where: dict[str, Any] = {
-                "folder": out / "lm_eval",
-                "name": f"turn_{turn + 1}",
-                "turn": turn,
-                "data": self._data(data, examples),
-            }
-            harness.results(questions, made, self.name, **where, **settings)
+        """`samples`: several answers to each question, made by `strategy`; how they are picked is several.py's."""
+        setup = self.setup(**settings)
+        made = harness.measure(setup, questions, answers or likelihoods, protocol)
+        if strategy is None:
+            return made
+        how: dict[str, Any] = {"select": select, "majority": majority, "extract": extract}
+        more = several.measure(setup, questions, samples, strategy, **how)
+        return Measured(
+            made.metrics | more.metrics,
+            {what: count + more.dropped[what] for what, count in made.dropped.items()},
+            made.items | more.items,
+            made.records,
+        )
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return harness.headline(metrics)

@@ -12,44 +12,30 @@ The earlier of equals is taken throughout. Prompts are the same at every n, so a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from evals import statistics
+from evals import picks, statistics
 from evals.needs import Measured, Needs
 from evolve.config import Config, Strategy
 
 METRICS = {"reward": "mean reward", "accuracy": "accuracy"}
 OBJECTIVE = ("best", "oracle")
-EXPLAIN = {
-    "single": "mean of all answers",
-    "latest": "mean of the newest turn's answers",
-    "best": "the answer that the selecting scorer likes best",
-    "oracle": "the best by the verifier, so that its accuracy is pass@n",
-    "majority": "the answer most often given",
-}
+EXPLAIN = picks.EXPLAIN | {"oracle": "the best by the verifier, so that its accuracy is pass@n"}
 
 
 def needs(config: Config) -> Needs:
     strategy = config.eval.test_time
     assert strategy is not None, "config.py refuses the benchmark without"
-    shape = f"{strategy.chains} chains of {strategy.answers // strategy.chains} turns"
     return Needs(
         strategy,
-        shape if strategy.chains > 1 else f"{strategy.answers} answers ({strategy.name})",
+        picks.shape(strategy),
         config.eval.temperature,
         scorers={"scores": config.eval_scorer, "select": config.eval.select},
         settings={"strategy": strategy, "verifier": config.data.verifier},
     )
-
-
-def majority(extracted: Sequence[str | None]) -> int:
-    """Which answer gives the most frequent text, the earlier of equals; the first of all where none can be read."""
-    votes = Counter(text for text in extracted if text is not None)
-    return extracted.index(max(votes, key=votes.__getitem__)) if votes else 0
 
 
 def measure(
@@ -78,22 +64,15 @@ def measure(
     oracle = any(None not in chosen["correct"] for _, _, chosen in whole)
     said = {made["id"]: [extract(one["text"]) for one in made["answers"]] for made, _, _ in whole if extract}
     sizes = []
-    for size in range(strategy.chains, strategy.answers + 1, strategy.chains):
-        picks: dict[str, dict[str, Sequence[int]]] = {}
+    for size in picks.sizes(strategy):
+        which: dict[str, dict[str, Sequence[int]]] = {}
         for made, _, chosen in whole:
-            best = max(range(size), key=chosen["scores"].__getitem__)
-            picked: dict[str, Sequence[int]] = {"single": range(size)}
-            if strategy.name in ("chain", "few_shot"):
-                picked["latest"] = range(size - strategy.chains, size)
-            picked["oracle" if oracle else "best"] = [best]
-            if extract:
-                picked["majority"] = [majority(said[made["id"]][:size])]
-            for kind, which in picked.items():
-                picks.setdefault(kind, {})[made["id"]] = which
-        tokens = {made["id"]: [float(sum(one["tokens"] for one in made["answers"][:size]))] for made, _, _ in whole}
-        values = {kind: _values(which, whole) for kind, which in picks.items()}
+            for kind, indices in picks.picked(strategy, size, chosen["scores"], said.get(made["id"])).items():
+                kind = "oracle" if oracle and kind == "best" else kind
+                which.setdefault(kind, {})[made["id"]] = indices
+        values = {kind: _values(indices, whole) for kind, indices in which.items()}
         worth = {kind: _worth(found) for kind, found in values.items()}
-        sizes.append({"answers": size, "tokens": asdict(statistics.mean(tokens)), "worth": worth})
+        sizes.append({"answers": size, "tokens": picks.tokens([made for made, _, _ in whole], size), "worth": worth})
     items = {
         kind: {metric: {key: fmean(given) for key, given in by_prompt.items()} for metric, by_prompt in found.items()}
         for kind, found in values.items()  # of all answers
@@ -104,12 +83,12 @@ def measure(
 Values = dict[str, dict[str, list[float]]]
 
 
-def _values(picks: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str, Any], ...]]) -> Values:
+def _values(indices: Mapping[str, Sequence[int]], rows: Sequence[tuple[Mapping[str, Any], ...]]) -> Values:
     """Rewards, and whether right where a verifier judges, of the answers picked for each prompt."""
     reward: dict[str, list[float]] = {}
     correct: dict[str, list[float]] = {}
     for made, scored, chosen in rows:
-        which = picks[made["id"]]
+        which = indices[made["id"]]
         reward[made["id"]] = [scored["scores"][index] for index in which]
         right = [
             scored["correct"][index] if scored["correct"][index] is not None else chosen["correct"][index]
@@ -130,7 +109,7 @@ def _worth(values: Values) -> dict[str, Any]:
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Each way to use them, of all the answers."""
-    return dict(metrics["sizes"][-1]["worth"])
+    return picks.headline(metrics)
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

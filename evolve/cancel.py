@@ -31,7 +31,8 @@ def main() -> int:
         }
         kept = set() if given.all else mine & others
         rest = {slurm.rest(folder)} & queue.keys()
-        stopped = sorted(queue[key].id for key in (mine - kept) | rest)
+        shares = {f"{key}-shares" for key in mine - kept} & queue.keys()
+        stopped = sorted(queue[key].id for key in (mine - kept) | rest | shares)
         slurm.cancel(stopped)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

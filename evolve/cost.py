@@ -38,22 +38,28 @@ class Judging:
 
 
 def check_questions(stages: Iterable[Stage]) -> Questions:
-    """The questions of new comparisons whose files are on this machine.
+    """The questions of new comparisons whose files are on this machine; files of lm-eval's tasks are only checked.
 
     Raises ConfigError where they are not as they should be, before anything is spent on their answers.
     """
     found: Questions = {}
     for stage in stages:
-        asked = stage.inputs["questions"] if stage.kind == "compare" else None
-        if not isinstance(asked, Stage) or asked.id in found:
+        asked = stage.inputs["questions"] if stage.kind == "compare" else stage
+        if not isinstance(asked, Stage) or asked.kind != "questions" or asked.id in found:
             continue
         config: Any = asked.config
         files = {use: Path(item.path) for use, item in asked.inputs.items() if isinstance(item, Source)}
-        if all(file.exists() or str(file) == "embedded" for file in files.values()):
-            try:
+        if not all(file.exists() or str(file) == "embedded" for file in files.values()):
+            continue
+        benchmark, task = evals.load(config.benchmark), config.benchmark not in evals.BENCHMARKS
+        try:
+            if task:
+                benchmark.check(**files, **config.settings)
+            else:
                 found[asked.id] = questions.rows(config, files)
-            except (ValueError, OSError) as error:
-                raise ConfigError(f"eval.{config.benchmark}: {error}") from None
+        except (ValueError, OSError) as error:
+            key = f"eval.{'harness.data.' if task else ''}{config.benchmark}"
+            raise ConfigError(f"{key}: {error}") from None
     return found
 
 

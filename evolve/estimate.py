@@ -12,7 +12,7 @@ upwards. So do those that go by much smaller runs, whose loading and starting is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from evolve import jobs
 from evolve.config import Rates
 from evolve.stages import LIGHT
 from evolve.stages.questions import EMBEDDED
-from evolve.store import Source, Stage, settings
+from evolve.store import Corrupt, Source, Stage, Store, settings
 
 Record = Mapping[str, Any]
 
@@ -78,32 +78,54 @@ class Estimate:
 
 
 def estimates(
-    stages: Iterable[Stage], records: Mapping[str, Record], questions: Mapping[str, int], rates: Rates | None = None
+    stages: Mapping[str, Stage],
+    new: Collection[str],
+    store: Store,
+    newest: Callable[[str], Sequence[Record]],
+    questions: Mapping[str, int],
+    rates: Rates | None = None,
 ) -> dict[str, Estimate]:
-    """Of each stage of a plan that has no record, by id.
+    """Of the new ones of a plan's stages, by id.
 
-    records: by id, whatever the store has. questions: how many there are, by the id of the stage that makes them, where
-    that is known.
+    newest: the records of a kind that count. questions: how many there are, by the id of the stage that makes them,
+    where that is known.
     """
-    planned = list(stages)
-    found = _Estimates(planned, records, questions, rates)
-    return {stage.id: found.of(stage) for stage in planned if stage.id not in records}
+    found = _Estimates(stages, new, store, newest, questions, rates)
+    return {stage.id: found.of(stage) for stage in stages.values() if stage.id in new}
 
 
 class _Estimates:
     def __init__(
         self,
-        stages: Iterable[Stage],
-        records: Mapping[str, Record],
+        stages: Mapping[str, Stage],
+        new: Collection[str],
+        store: Store,
+        newest: Callable[[str], Sequence[Record]],
         questions: Mapping[str, int],
         rates: Rates | None,
     ):
-        self.records, self.questions, self.rates = records, questions, rates
-        self.inputs = {key: record["inputs"] for key, record in records.items()}
-        self.inputs |= {stage.id: stage.identity["inputs"] for stage in stages}
-        self.peers: dict[tuple[Any, ...], list[Record]] = {}
-        for key, record in records.items():
-            self.peers.setdefault(self.common(key, record["config"]), []).append(record)
+        self.stages, self.new, self.store, self.newest = stages, new, store, newest
+        self.questions, self.rates = questions, rates
+        self._read: dict[str, Record | None] = {}
+        self._peers: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
+
+    def record(self, key: str) -> Record | None:
+        """None where there is none that can be read."""
+        if key not in self._read:
+            try:
+                self._read[key] = self.store.read(key)
+            except Corrupt:
+                self._read[key] = None
+        return self._read[key]
+
+    def peers(self, kind: str) -> dict[tuple[Any, ...], list[Record]]:
+        """The records of a kind, by what they have in common."""
+        if kind not in self._peers:
+            found = self._peers[kind] = {}
+            for record in self.newest(kind):
+                self._read[record["id"]] = record
+                found.setdefault(self.common(record["id"], record["config"]), []).append(record)
+        return self._peers[kind]
 
     def of(self, stage: Stage) -> Estimate:
         config, count = settings(stage.config, defaults=True), self.count(stage)
@@ -115,7 +137,7 @@ class _Estimates:
                     return Estimate()
                 seconds += sum(tokens.values()) / (assumed.tokens_per_second * max(1, jobs.gpus(stage)))
             return Estimate("assumed", seconds, tokens, most=self.rates.answer_tokens is None)
-        alike = self.peers.get(self.common(stage.id, config), [])
+        alike = self.peers(stage.kind).get(self.common(stage.id, config), [])
         same = [
             record
             for record in alike
@@ -137,8 +159,8 @@ class _Estimates:
     def count(self, stage: Stage) -> int | None:
         """How many rows, answers, pairs (COUNTED) a stage is for, at most; None where that can't be known yet."""
         config: Any = stage.config
-        if stage.id in self.records:
-            return int(self.records[stage.id]["values"][COUNTED[stage.kind]])
+        if stage.id not in self.new and (record := self.record(stage.id)) is not None:
+            return int(record["values"][COUNTED[stage.kind]])
         if stage.kind == "data":
             return int(config.count)
         if stage.kind == "questions":
@@ -167,7 +189,8 @@ class _Estimates:
     def weights(self, key: str) -> str | None:
         """The weights from outside that a stage's model came from; None where it has none, or nobody knows any more."""
         while key and "@" not in key:
-            inputs = self.inputs.get(key, {})
+            stage, record = self.stages.get(key), None if key in self.stages else self.record(key)
+            inputs = stage.identity["inputs"] if stage else record["inputs"] if record else {}
             key = next((inputs[name] for name in ("model", "reward_model", "judge") if name in inputs), "")
         return key or None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from evolve.config import Need, Resources
-from evolve.stages import LIGHT
+from evolve.stages import LIGHT, SHARED
 from evolve.store import Stage, digest
 
 
@@ -38,8 +38,13 @@ class Job:
         return frozenset(item.id for stage in self.stages for item in stage.stages if item.id not in own)
 
     @property
-    def minutes(self) -> int:
-        return self.need.minutes
+    def shared(self) -> Stage | None:
+        """The stage whose rows an array of jobs makes before this one: the first that takes time, where it can be."""
+        first = next((stage for stage in self.stages if not light(stage)), None)
+        if self.need.shards == 1 or first is None or first.kind not in SHARED:
+            return None
+        own = {stage.id for stage in self.stages}
+        return None if any(item.id in own for item in first.stages) else first
 
 
 def light(stage: Stage) -> bool:

@@ -16,17 +16,19 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from evolve import cost, estimate, plan, simulate, sources, workers
+from evolve import cost, estimate, plan, simulate, snapshot, sources, workers
 from evolve.config import ROOT, Config, ConfigError
 from evolve.estimate import Estimate
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
 from evolve.store import Stage, Store, digest
 from evolve.workers import Inline, Outcome, Setting, Workers
+
+PEERS = 500  # records of a kind, the newest, that new stages are compared with
 
 
 class Failed(Exception):
@@ -95,15 +97,17 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
         )
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
+    newest = cache(lambda kind: store.newest(kind, PEERS))
     try:
-        verdicts, records = plan.compare(graph, store)
+        verdicts = plan.compare(graph, store, newest)
     except OSError as error:
         raise ConfigError(f"output={configs[0].output}: can't be read ({error.strerror})") from None
     new = [stage for stage in graph.stages.values() if not verdicts[stage.id].reused]
     questions = cost.check_questions(new)
     judging = cost.judging(new, questions, store)
     counts = {stage_id: len(rows) for stage_id, rows in questions.items()}
-    expected = estimate.estimates(graph.stages.values(), records, counts, configs[0].resources.rates) if new else {}
+    rates = configs[0].resources.rates
+    expected = estimate.estimates(graph.stages, {stage.id for stage in new}, store, newest, counts, rates)
     return Planned(graph, store, verdicts, resolver.warnings, judging, expected)
 
 
@@ -122,7 +126,7 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
         Store(planned.store.root, planned.store.lease_timeout),
         planned.config.resources,
         planned.folder / "logs",
-        code(),
+        snapshot.code(),
     )
     outcomes: dict[str, Outcome] = {}
     if any(not verdict.reused for verdict in planned.verdicts.values()):
@@ -171,11 +175,12 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
 
 
 def begin(planned: Planned) -> None:
-    """The sweep's folder. Raises ConfigError where it can't be written."""
+    """The sweep's folder; the code that runs is kept. Raises ConfigError where the folder can't be written."""
     try:
         write_sweep(planned)
     except OSError as error:
         raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
+    snapshot.hold()
 
 
 def run(
@@ -291,17 +296,3 @@ def objective(planned: Planned, number: int) -> float | None:
     if record is None or benchmark is None:
         return None
     return next(record["values"][name] for name in evals.load(benchmark).OBJECTIVE if name in record["values"])
-
-
-def code() -> dict[str, Any]:
-    """The commit that runs, and whether the working tree differs from it."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        status = git("status", "--porcelain")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-    except FileNotFoundError:
-        return {"commit": None, "dirty": None}

@@ -6,9 +6,16 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 # Run as a script, Python puts evolve/ itself first on the path, where its modules could shadow others' packages.
-sys.path[0] = str(ROOT)
+sys.path = [str(ROOT), *(folder for folder in sys.path if os.path.realpath(folder) != str(HERE))]
+
+from evolve import snapshot  # noqa: E402
+
+if __name__ == "__main__":
+    snapshot.enter()
+    os.environ |= snapshot.environment()  # whatever process starts from here imports what this one does
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
@@ -26,6 +33,9 @@ def member(composed: DictConfig) -> float | None:
 
     job = HydraConfig.get()
     alone = job.mode == RunMode.RUN
+    # In another process this function came by value, with ROOT, and the modules by name.
+    if config.ROOT != ROOT:
+        raise config.ConfigError(f"this job imports evolve from {config.ROOT}, not {ROOT}: it has lost PYTHONPATH")
     try:
         configs, overrides = [config.load(composed)], [list(job.overrides.task)]
         if alone and job.launcher._target_.endswith(".SlurmLauncher"):

@@ -22,6 +22,10 @@ from evolve.stages import Context
 Emit = Callable[[int, Any], None]
 
 
+class Shared(Exception):
+    """A share of the rows is made, and the stage is another job's to end."""
+
+
 def _line(text: str) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}"
 
@@ -59,20 +63,28 @@ def run(
 
     Raises:
         ValueError, RuntimeError: an error of `work`'s; after the other processes are done, so that nothing is lost.
+        Shared: the share of rows that `context` asks for is made.
     """
     found = read(context.partial)
-    todo = [number for number in range(count) if number not in found]
+    first, every = context.share or (0, 1)
+    todo = [number for number in range(first, count, every) if number not in found]
     if not todo:
-        return [found[number] for number in range(count)]
+        return _whole(found, count, context)
     context.partial.mkdir(parents=True, exist_ok=True)
     if not apart and processes == 1:
         found |= _work(work, argument, todo, context)
     else:
         _deal(work, argument, todo, context, processes, devices, retries)
         found = read(context.partial)
-    missing = count - len(found)
+    missing = sum(number not in found for number in todo)
     if missing:
         raise RuntimeError(f"{missing} of {count} rows were not finished; the same command goes on with them")
+    return _whole(found, count, context)
+
+
+def _whole(found: dict[int, Any], count: int, context: Context) -> list[Any]:
+    if context.share is not None:
+        raise Shared
     return [found[number] for number in range(count)]
 
 

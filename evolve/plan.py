@@ -9,19 +9,20 @@ Everything here is cheap: no model is loaded, nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import evals
-from evals.needs import Asked, Needs
+from evals import picks
+from evals.needs import Asked, Needs, Samples
 from evolve import sources
 from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strategy
 from evolve.stages import ModelSettings, stage
-from evolve.store import Corrupt, Source, Stage, Store, flatten
+from evolve.store import Source, Stage, Store, canonical, flatten
 
 
 @dataclass(frozen=True)
@@ -310,12 +311,31 @@ class _Builder:
                 inputs[use] = self.score(scorer, answers, model)
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
             if needs.versus is not None:
-                inputs["verdicts"] = self.compare(name, needs, prompts, answers)
+                turns = self.config.eval.turns
+                judged = {1, turns} if self.config.eval.judged == "ends" else set(range(1, turns + 1))
+                inputs["verdicts"] = self.compare(name, needs, prompts, answers, judged)
                 judge = [self.annotator_name, *([needs.judging] if needs.judging else [])]
                 protocol += [f"judged by {self.annotator_name}"]
+            if needs.samples is not None:
+                inputs |= self.picked(name, needs, needs.samples, model, prompts)
+                of = f"{picks.shape(needs.samples.strategy)} at temperature {needs.samples.temperature:g}"
+                protocol += [f"picked from {of}"]
+                if needs.samples.select is not None:
+                    protocol += [f"best {VERBS['select']} by {self.scorer_name(needs.samples.select)}"]
             inputs |= {use: self.resolve.file(file) for use, file in needs.files.items()}
             said = {"protocol": ", ".join(protocol), "judge": ", ".join(judge)}
             self.add("evaluate", inputs, benchmark=name, **said, **needs.settings)
+
+    def picked(self, name: str, needs: Needs, several: Samples, model: Artefact, prompts: Stage) -> dict[str, Artefact]:
+        """Several answers to each question, and what there is to pick by; of those that are judged, the best alone."""
+        sampling = Sampling(temperature=several.temperature, top_k=0, top_p=1.0)
+        config, limits = self.config.eval, (needs.max_new_tokens, needs.until)
+        made = self.respond(model, prompts, several.strategy, sampling, config.seed, config.select, *limits)
+        scores = {} if several.select is None else {"select": self.score(several.select, made, model)}
+        if needs.versus is None:
+            return {"samples": made, **scores}
+        best = self.add("pick", {"answers": made, "scores": scores["select"]})
+        return {"best_answers": best, "best_verdicts": self.compare(name, needs, prompts, best, {1})}
 
     def answers(self, model: Artefact, prompts: Stage, needs: Needs) -> Stage:
         looks = needs.scorers.get("select", needs.scorers.get("scores", "none"))
@@ -337,11 +357,10 @@ class _Builder:
         asked = replace(asked, settings={**asked.settings, "revisions": commits})
         return replace(needs, asked=asked, settings={**needs.settings, "settings": told})
 
-    def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage) -> Stage:
+    def compare(self, name: str, needs: Needs, questions: Stage, answers: Stage, turns: set[int]) -> Stage:
         """Answers against references, by the annotator."""
         config = self.config
         inputs: dict[str, Artefact] = {"answers": answers, "questions": questions}
-        turns = range(1, config.eval.turns + 1) if config.eval.judged == "all" else {1, config.eval.turns}
         judge: dict[str, Any] = {"endpoint": None, "scorer": None}
         if isinstance(config.annotator, Endpoint):
             judge["endpoint"] = config.annotator
@@ -480,49 +499,55 @@ class Verdict:
     why: str = ""
 
 
-def compare(graph: Graph, store: Store) -> tuple[dict[str, Verdict], dict[str, Mapping[str, Any]]]:
-    """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has.
+class Peers:
+    """The store's records of a kind: what a new stage is compared with."""
 
-    The second: the records by id, of all that is in the store, unless nothing is new.
-    """
-    records = {node.id: store.record(node) for node in graph.stages.values()}
-    others: dict[str, list[dict[str, Any]]] = {}
-    if any(record is None for record in records.values()):
-        for stage_id in store.ids():
-            try:
-                record = store.read(stage_id)
-            except Corrupt:
-                continue
-            if record is not None:
-                others.setdefault(stage_id.split("/")[0], []).append(record)
+    def __init__(self, records: Sequence[Mapping[str, Any]]):
+        self.records = records
+        self.settings = [_settings(record["identity"]) for record in records]
+
+    def difference(self, node: Stage) -> str:
+        """From the record that differs in the fewest settings."""
+        mine = _settings(node.identity)
+        best: tuple[set[str], Mapping[str, Any]] | None = None
+        for theirs, record in zip(self.settings, self.records, strict=True):
+            differing = {key for key, _ in mine ^ theirs}
+            if best is None or len(differing) < len(best[0]):
+                best = differing, record["identity"]
+            if len(differing) == 1:
+                break  # none is closer
+        if best is None:
+            return f"first {node.kind}"
+        now, then = flatten(node.identity), flatten(best[1])
+        changes = {key: f"{_short(then.get(key))} -> {_short(now.get(key))}" for key in sorted(best[0])[:3]}
+        return "; ".join(f"{key.split('.', 1)[-1]}: {change}" for key, change in changes.items())
+
+
+def _settings(identity: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """In a form that is quickly compared; null is as good as not there."""
+    return frozenset((key, canonical(value)) for key, value in flatten(identity).items() if value is not None)
+
+
+def compare(graph: Graph, store: Store, newest: Callable[[str], Sequence[Mapping[str, Any]]]) -> dict[str, Verdict]:
+    """Reused or new for every stage; for a new one the setting that made it so, compared with `newest` of its kind."""
+    peers = cache(lambda kind: Peers(newest(kind)))
     verdicts: dict[str, Verdict] = {}
     for node in graph.stages.values():
-        if records[node.id] is not None:
+        if store.record(node) is not None:
             verdicts[node.id] = Verdict(True)
-        elif store.folder(node.id).exists():
-            verdicts[node.id] = Verdict(False, "a damaged result")
         else:
-            verdicts[node.id] = Verdict(False, _why(node, others.get(node.kind, []), verdicts))
-    return verdicts, {record["id"]: record for records in others.values() for record in records}
+            verdicts[node.id] = Verdict(False, _why(node, peers, verdicts, store))
+    return verdicts
 
 
-def _why(node: Stage, peers: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Verdict]) -> str:
+def _why(node: Stage, peers: Callable[[str], Peers], verdicts: Mapping[str, Verdict], store: Store) -> str:
+    if store.folder(node.id).exists():
+        return "a damaged result"
     for name, item in node.inputs.items():
         if isinstance(item, Stage) and not verdicts[item.id].reused:
             cause = verdicts[item.id].why
             return f"its {name} is new" if cause.startswith(("its ", "first")) else cause
-    if not peers:
-        return f"first {node.kind}"
-    mine = flatten(node.identity)
-    best: list[str] | None = None
-    for peer in peers:
-        theirs = flatten(peer["identity"])
-        differing = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-        if best is None or len(differing) < len(best):
-            best = [
-                f"{key.split('.', 1)[-1]}: {_short(theirs.get(key))} -> {_short(mine.get(key))}" for key in differing
-            ]
-    return "; ".join((best or [])[:3])
+    return peers(node.kind).difference(node)
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evolve.config import ROOT, ConfigError
+from evolve import snapshot
+from evolve.config import ConfigError
 from evolve.store import ended, this_process
 
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")  # what a process says when another dies
@@ -52,10 +53,9 @@ class Call:
         (self._folder / "call").write_bytes(pickle.dumps((function, tuple(arguments), this_process())))
         # A cluster's launcher, or this process's own, may have left word of a group that this one is not part of.
         inherited = {name: value for name, value in os.environ.items() if launcher or name not in GROUP}
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, *launcher, "-m", "evolve.processes", str(self._folder)],
-            env={**inherited, "PYTHONPATH": path, **(environment or {})},
+            env={**inherited, **snapshot.environment(), **(environment or {})},
             start_new_session=True,
         )
 

@@ -43,6 +43,9 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+ROWS = 40  # of a plan's table of members, and of its reasons
+
+
 class Show:
     """The plan, then the run: a context manager around it."""
 
@@ -156,7 +159,7 @@ class Show:
             "member", *phases, title="stages: new + reused, ~ shared with a member above", title_justify="left"
         )
         seen: set[str] = set()
-        for member in graph.members:
+        for member in graph.members[:ROWS]:
             cells = []
             for phase in phases:
                 here = dict.fromkeys(step.stage.id for step in member.steps if step.phase == phase)
@@ -173,13 +176,18 @@ class Show:
             seen |= {step.stage.id for step in member.steps}
             table.add_row(member.name, *cells)
         self.console.print(table)
+        if (more := len(graph.members) - ROWS) > 0:
+            self.console.print(f"        and {more} more members")
 
     def _reasons(self) -> None:
         why = Counter(self.planned.verdicts[stage_id].why for stage_id in self.new)
         direct = {reason: count for reason, count in why.items() if not reason.startswith("its ")}
         follow = sum(why.values()) - sum(direct.values())
-        for reason, count in sorted(direct.items(), key=lambda item: -item[1]):
+        ordered = sorted(direct.items(), key=lambda item: -item[1])
+        for reason, count in ordered[:ROWS]:
             self.console.print(f"new     {count:4d}  {reason}", soft_wrap=True)
+        if rest := ordered[ROWS:]:
+            self.console.print(f"new     {sum(count for _, count in rest):4d}  {len(rest)} more reasons")
         if follow:
             self.console.print(f"new     {follow:4d}  an input is new")
 

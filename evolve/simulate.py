@@ -162,18 +162,22 @@ def megabytes(memory: str) -> int:
 
 
 def of_jobs(made: Sequence[Job], seconds: Mapping[str, float]) -> list[Task]:
-    """Jobs as tasks; seconds: of each stage, by id."""
-    after = jobs.after(made)
-    return [
-        Task(
-            job.key,
+    """Jobs as tasks, with those that share a stage's rows; seconds: of each stage, by id."""
+    after, tasks = jobs.after(made), list[Task]()
+    for job in made:
+        wants = job.need.gpus or 0, job.need.cpus, megabytes(job.need.memory)
+        takes, needs, limit = (
             sum(seconds[stage.id] for stage in job.stages),
-            (job.need.gpus or 0, job.need.cpus, megabytes(job.need.memory)),
             frozenset(after[job.key]),
             60.0 * job.need.minutes,
         )
-        for job in made
-    ]
+        if job.shared is not None:
+            each = seconds[job.shared.id] / job.need.shards
+            shares = [Task(f"{job.key}/{n}", each, wants, needs, limit) for n in range(job.need.shards)]
+            tasks += shares
+            takes, needs = takes - seconds[job.shared.id], needs | {share.key for share in shares}
+        tasks.append(Task(job.key, takes, wants, needs, limit))
+    return tasks
 
 
 def of_stages(stages: Sequence[Stage], seconds: Mapping[str, float]) -> list[Task]:

@@ -11,19 +11,21 @@ has a record of. Neither accounting (sacct) nor what submitit pickles of a job's
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
+import shlex
 import subprocess
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve import jobs
-from evolve.config import ROOT, ConfigError, Resources
+from evolve import jobs, snapshot
+from evolve.config import ConfigError, Resources
 from evolve.jobs import Job
 from evolve.store import Lease, Stage, Store, digest
 
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
     from evolve.launch import Planned
 
 # What sbatch says where the site allows no more jobs for now.
-FULL = re.compile(r"MaxSubmitJob|MaxJobs|job submit limit|temporarily unable to accept job|job limit", re.IGNORECASE)
+FULL = re.compile(
+    r"MaxSubmitJob|MaxJobs|job submit limit|temporarily unable to accept job|temporarily unavailable|job limit",
+    re.IGNORECASE,
+)
 LIVE = {
     "PENDING",
     "RUNNING",
@@ -85,7 +90,7 @@ def queue(store: Store) -> dict[str, Queued]:
         number, state, reason, comment = line.split("|", 3)
         words = comment.split(":")
         if words[:2] == ["evolve", tag(store)] and state in LIVE:
-            found[words[2]] = Queued(number, state, reason)
+            found[words[2]] = Queued(number.split("_")[0], state, reason)  # of an array's jobs, the array's
     return found
 
 
@@ -135,7 +140,7 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
         "qos": slurm.qos,
         "constraint": slurm.constraint,
         "signal_delay_s": slurm.signal_seconds,
-        "setup": [*slurm.setup, f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'],
+        "setup": [*slurm.setup, *(f"export {name}={shlex.quote(it)}" for name, it in snapshot.environment().items())],
         # Of itself, srun gives a step one CPU of the job's since Slurm 22.05.
         "srun_args": [f"--cpus-per-task={need.cpus}", "--kill-on-bad-exit=1"],
         "stderr_to_stdout": True,
@@ -176,14 +181,17 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
             cancel(queued.id for key, queued in queue(store).items() if key == rest(planned.folder))
         made = Submission(attached=sum(stage in under_way for stage in planned.graph.stages))
         _note(planned, {stage: job for stage, job in under_way.items() if stage in planned.graph.stages})
-        room = len(todo) if resources.slurm.max_jobs is None else resources.slurm.max_jobs - len(queue(store))
+        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - len(queue(store))
         number_of = {stage: number for stage, (_, number) in under_way.items()}
+        taken = 0
         for job in todo:
             needs = sorted({number_of[item] for item in job.inputs if item in number_of}, key=_by_number)
+            size = 1 if job.shared is None else 1 + job.need.shards
             try:
-                if len(made.jobs) == room:
+                if taken + size > room:
                     raise Full
                 made.jobs[job.key] = number = _submit(job, planned, needs)
+                taken += size
             except Full:
                 made.left = len(todo) - len(made.jobs)
                 break
@@ -221,7 +229,6 @@ def _note(planned: Planned, made: Mapping[str, tuple[str, str]]) -> None:
 
 def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
     """Slurm's id of the job. Raises Full."""
-    from evolve.launch import code
     from evolve.slurm_job import Run
     from evolve.workers import Setting
 
@@ -232,16 +239,25 @@ def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
     temporary = where / f".stages-{uuid.uuid4().hex[:8]}"
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.rename(where / "stages.json")
-    setting = Setting(Store(store.root, store.lease_timeout), resources, where, code())
-    options = {
-        **parameters(job, resources),
-        "comment": f"evolve:{tag(store)}:{job.key}",
-        "dependency": f"afterok:{':'.join(needs)}" if needs else None,
-    }
-    return _sbatch(Run(job.stages, setting, where), where, options, resources)
+    setting = Setting(Store(store.root, store.lease_timeout), resources, where, snapshot.code())
+    options = parameters(job, resources)
+    waits = [f"afterok:{':'.join(needs)}"] if needs else []
+    if job.shared is not None:
+        shares = [
+            Run((job.shared,), replace(setting, logs=where / f"{n}", share=(n, job.need.shards)), where / f"{n}")
+            for n in range(job.need.shards)
+        ]
+        for share in shares:
+            share.folder.mkdir(exist_ok=True)
+        about = {"comment": f"evolve:{tag(store)}:{job.key}-shares", "dependency": ",".join(waits) or None}
+        # Any end will do: what a share has not made, the job makes.
+        waits.append(f"afterany:{_sbatch(shares, where, {**options, **about}, resources)}")
+    about = {"comment": f"evolve:{tag(store)}:{job.key}", "dependency": ",".join(waits) or None}
+    return _sbatch([Run(job.stages, setting, where)], where, {**options, **about}, resources)
 
 
-def _sbatch(function: Any, where: Path, options: Mapping[str, Any], resources: Resources) -> str:
+def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], resources: Resources) -> str:
+    """Slurm's id of a job, or of an array of several."""
     import submitit
     from submitit.core.utils import FailedJobError
 
@@ -252,7 +268,7 @@ def _sbatch(function: Any, where: Path, options: Mapping[str, Any], resources: R
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)
     try:
-        return str(executor.submit(function).job_id)
+        return str(executor.submit_array(functions)[0].job_id).split("_")[0]
     except FailedJobError as error:
         said = " ".join(str(error.__cause__ or error).split())
         if FULL.search(said):
@@ -292,7 +308,7 @@ def _leave(
             "dependency": f"afterany:{':'.join(waits)}",
         }
         try:
-            _sbatch(Rest(plan), where, options, resources)
+            _sbatch([Rest(plan)], where, options, resources)
         except Full:
             if not made.jobs:
                 return

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evolve import snapshot
 from evolve.store import Stage
 from evolve.workers import Outcome, Progress, Setting, Workers
 
@@ -79,9 +80,16 @@ class Run:
     def __call__(self) -> None:
         from evolve import launch
 
+        snapshot.hold()
         events = Events(self.folder)
         events.add("start", node=socket.gethostname())
         store = self.setting.store
+        # Slurm takes `afterok` on a job that it has forgotten for fulfilled.
+        own = {stage.id for stage in self.stages}
+        for item in (item for stage in self.stages for item in stage.stages if item.id not in own):
+            if store.record(item) is None:
+                events.add("lost", stage=self._next(), message=f"needs {item.id}, which is not there")
+                raise RuntimeError(f"{item.id}: not there; the sweep's command makes it")
         todo = [stage for stage in self.stages if store.record(stage) is None]
         self.pool = Workers(self.setting)
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.needs import File
+from evolve import snapshot
 from evolve.config import ConfigError, Data, find
 from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, has_pair, is_file, ordered, read
 from evolve.store import Source, digest, hash_file
@@ -47,7 +48,7 @@ class Resolver:
             if not any(folder.glob("*.safetensors")):
                 raise ConfigError(f"{key}={path}: no *.safetensors in that folder; other weight formats are not read")
             files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-            return Source("model", str(folder), digest({file.name: self._hash(file) for file in files}))
+            return Source("model", _name(folder), digest({file.name: self._hash(file) for file in files}))
         looks_local = path.count("/") != 1 or path.startswith((".", "/", "~", "weights/", "evolve/", "outputs/"))
         if looks_local:
             made = "; python -m evolve.smollm2 makes it" if path == "weights/smollm2_135m" else ""
@@ -70,7 +71,7 @@ class Resolver:
                 file = find(path)
                 if file is None:
                     raise ConfigError(f"{key}={path}: no such file")
-                self._seen[known] = Source("data", str(file), self._hash(file))
+                self._seen[known] = Source("data", _name(file), self._hash(file))
             else:
                 if path.count("/") != 1 or path.startswith((".", "/", "~")):
                     raise ConfigError(
@@ -91,7 +92,7 @@ class Resolver:
             if file.path == "embedded":
                 self._seen[known] = Source("data", file.path, f"embedded-{EMBEDDED_VERSION}")
             elif local is not None:
-                self._seen[known] = Source("file", str(local), self._content(local))
+                self._seen[known] = Source("file", _name(local), self._content(local))
             elif not inner or file.path.startswith((".", "/", "~")):
                 raise ConfigError(f"{file.key}={file.path}: no such file")
             else:
@@ -235,18 +236,23 @@ class Resolver:
             ) from None
 
 
+def _name(path: Path) -> str:
+    """How records name it: what comes with the project by its place in the checkout, wherever it was read."""
+    return str(snapshot.origin(path))
+
+
 def fetch(source: Source, cache: Path) -> Path:
     """Where a source's content lies on this machine, downloaded if it is the hub's.
 
     Raises RuntimeError if a local source has changed since the plan was made.
     """
-    local = Path(source.path)
+    local = snapshot.frozen(Path(source.path))
     if source.path == "embedded":
         return local  # made, not read
     if local.exists():
         resolver = Resolver(cache)
         if source.kind == "model":
-            now = resolver.model(source.path, None, "model.path").digest
+            now = resolver.model(str(local), None, "model.path").digest
         else:
             now = resolver._content(local)
         if now != source.digest:

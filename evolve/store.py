@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -160,10 +161,7 @@ class Store:
 
         Raises ConfigError when a default has changed since: the same identity would now mean something else.
         """
-        try:
-            record = self.read(stage.id)
-        except Corrupt:
-            return None
+        record = self._whole(stage.id)
         if record is None:
             return None
         then, now = flatten(record["config"]), flatten(settings(stage.config, defaults=True))
@@ -300,30 +298,56 @@ class Store:
         path = self.folder(stage.id)
         return Lease.take(path.parent / f".{path.name}.lease", self.lease_timeout)
 
+    def kinds(self) -> list[str]:
+        """The folders that hold results."""
+        names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+        return [name for name in names if name not in ("quarantine", "digests") and (self.root / name).is_dir()]
+
     def ids(self) -> Iterator[str]:
         """Ids of all folders in the store, whole or not."""
-        if not self.root.is_dir():
-            return
-        for kind in sorted(self.root.iterdir()):
-            if kind.is_dir() and kind.name not in ("quarantine", "digests"):
-                yield from (f"{kind.name}/{entry.name}" for entry in sorted(kind.iterdir()) if entry.name[0] != ".")
+        for kind in self.kinds():
+            yield from (f"{kind}/{name}" for name in sorted(os.listdir(self.root / kind)) if name[0] != ".")
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """Every id in the store with its record; None for a result that is broken."""
+        return ((stage_id, self._whole(stage_id)) for stage_id in self.ids())
+
+    def _whole(self, stage_id: str) -> dict[str, Any] | None:
+        try:
+            return self.read(stage_id)
+        except Corrupt:
+            return None
+
+    def newest(self, kind: str, count: int) -> list[dict[str, Any]]:
+        """The records of a kind that were committed last, the newest first."""
+        folder = self.root / kind
+        if not folder.is_dir():
+            return []
+        with os.scandir(folder) as found:
+            by_age = sorted(
+                ((entry.stat().st_mtime, entry.name) for entry in found if entry.name[0] != "."), reverse=True
+            )
+        records = (self._whole(f"{kind}/{name}") for _, name in by_age)
+        return list(itertools.islice((record for record in records if record is not None), count))
 
     def litter(self) -> list[Path]:
-        """What no record refers to: folders being built by nobody, dead leases, broken and quarantined results."""
+        """What no record refers to: what was left over, and broken results."""
+        return self.left_over() + [self.folder(stage_id) for stage_id, record in self.records() if record is None]
+
+    def left_over(self) -> list[Path]:
+        """Folders being built by nobody, dead leases, quarantined results."""
         found = list((self.root / "quarantine").glob("*"))
-        for path in self.root.glob("*/.*.lease"):
-            if Lease.is_stale(path, self.lease_timeout):
-                found.append(path)
-        held = {path.name[1:17] for path in self.root.glob("*/.*.lease") if path not in found}
-        for path in [*self.root.glob("*/.tmp-*"), *self.root.glob("*/.partial-*")]:
-            if path.name.split("-")[1] not in held:
-                found.append(path)
-        for stage_id in self.ids():
-            try:
-                if self.read(stage_id) is None:
-                    found.append(self.folder(stage_id))
-            except Corrupt:
-                found.append(self.folder(stage_id))
+        for kind in self.kinds():
+            folder = self.root / kind
+            # A builder has its lease before its folder, so leases are looked at after the folders have been listed.
+            for name in [name for name in os.listdir(folder) if name[0] == "."]:
+                is_lease = name.endswith(".lease")
+                if not (is_lease or name.startswith((".tmp-", ".partial-"))):
+                    continue  # the file system's own
+                lease = folder / (name if is_lease else f".{name.split('-')[1][:16]}.lease")
+                stale = Lease.is_stale(lease, self.lease_timeout)
+                if stale or not (is_lease or lease.exists()):
+                    found.append(folder / name)
         return found
 
 
@@ -338,7 +362,8 @@ def _sync(path: Path) -> None:
 class Lease:
     """A file that says who builds a stage; held while its process lives and touches it.
 
-    Relies on: link(2) failing if the name exists, rename(2) being atomic, and mtime set by the file server.
+    Relies on: link(2) failing if the name exists, rename(2) being atomic, and mtime set by the file server
+    (docs/design.md, "On a shared file system").
     """
 
     def __init__(self, path: Path, token: str, timeout: float):
@@ -487,12 +512,14 @@ def main() -> int:
         return 2
     store = Store(root)
     if words[0] == "list":
-        for stage_id in store.ids():
-            with contextlib.suppress(Corrupt):
-                if record := store.read(stage_id):
-                    size = sum(entry["bytes"] for entry in record["files"].values())
-                    print(f"{record['started']}  {record['seconds']:8.1f} s  {size / 2**20:9.2f} MiB  {stage_id}")
-        print(f"{len(store.litter())} things that no record refers to; prune removes them")
+        unreferred = len(store.left_over())
+        for stage_id, record in store.records():
+            if record is None:
+                unreferred += 1
+                continue
+            size = sum(entry["bytes"] for entry in record["files"].values())
+            print(f"{record['started']}  {record['seconds']:8.1f} s  {size / 2**20:9.2f} MiB  {stage_id}")
+        print(f"{unreferred} things that no record refers to; prune removes them")
         return 0
     if words[0] == "check":
         broken = 0

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from evolve.config import ConfigError, Resources
-from evolve.store import Corrupt, Stage, Store, provenance
+from evolve.parts import Shared
+from evolve.store import Corrupt, Report, Stage, Store, provenance
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,19 @@ class Setting:
     resources: Resources
     logs: Path
     code: Mapping[str, Any]
+    share: tuple[int, int] | None = None  # of a stage's rows, where other jobs make the rest (Context.share)
 
 
 def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
-    """Builds one stage under its lease and commits it."""
-    from evolve import ranks
-    from evolve.stages import Context, module
+    """Builds one stage under its lease and commits it.
 
+    A share of its rows is made without: its process alone writes the file they are in, for whoever builds the stage.
+    """
     store = setting.store
     started = time.time()
     log = setting.logs / f"{stage.id.replace('/', '-')}.log"
     try:
-        lease = store.lease(stage)
+        lease = store.lease(stage) if setting.share is None else contextlib.nullcontext()
     except OSError as error:
         return Outcome("failed", f"{store.root}: can't be written to ({error.strerror})", log)
     if lease is None:
@@ -73,12 +75,10 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
                 return Outcome("reused")
             inputs = {name: store.open(item) for name, item in stage.inputs.items()}
             with store.build(stage) as folder:
-                device = _device(setting.resources.device)
-                context = Context(device, progress, store.partial(stage.id), store.judgments)
-                if (processes := getattr(stage.config, "ranks", 1)) > 1:
-                    report = ranks.run(stage, inputs, folder, context, processes)
-                else:
-                    report = module(stage.kind).run(stage.config, inputs, folder, context)
+                try:
+                    report = _run(stage, inputs, folder, setting, progress)
+                except Shared:
+                    return Outcome("done", seconds=time.time() - started)
                 store.commit(stage, folder, report, provenance(setting.code, started))
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit):
@@ -88,6 +88,19 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
             text = str(error).strip().splitlines() or [""]
             return Outcome("failed", text[0] if known and text[0] else f"{type(error).__name__}: {text[0]}", log)
     return Outcome("done", seconds=time.time() - started)
+
+
+def _run(stage: Stage, inputs: Mapping[str, Path], folder: Path, setting: Setting, progress: Any) -> Report:
+    from evolve import ranks
+    from evolve.stages import Context, module
+
+    device = _device(setting.resources.device)
+    store = setting.store
+    context = Context(device, progress, store.partial(stage.id), store.judgments, setting.share)
+    if (processes := getattr(stage.config, "ranks", 1)) > 1:
+        return ranks.run(stage, inputs, folder, context, processes)
+    report: Report = module(stage.kind).run(stage.config, inputs, folder, context)
+    return report
 
 
 def _device(wanted: str) -> str:

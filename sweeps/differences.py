@@ -1,8 +1,9 @@
 """Which differences in a sweep are more than chance: paired by prompt, corrected over the table (Holm).
 
-Three questions, kept apart:
+Four questions, kept apart:
 
     self-refinement    refined - direct answers of one model: what its second look is worth
+    best of 8 ...      the answer picked from several - the mean of them (the direct one, where all were not measured)
     self-improvement   direct answers of a later model - those of the base: what training has done to the first
     against            refined answers of a member - those of the sweep's first, after their last phase
 """
@@ -78,8 +79,12 @@ def _comparisons(
         for made in shown:
             kinds = list(made.headline)
             refined = next((kind for kind in evals.load(benchmark).OBJECTIVE if kind in kinds), kinds[-1])
-            if refined != kinds[0] and len(made.metrics.get("turns", (1, 2))) > 1:
-                yield ("self-refinement", member.name, made.phase), (made, refined), (made, kinds[0])
+            if "refined" in kinds and len(made.metrics["turns"]) > 1:
+                yield ("self-refinement", member.name, made.phase), (made, "refined"), (made, kinds[0])
+            for size in made.metrics.get("sizes", ())[-1:]:
+                one = "single" if "single" in size["worth"] else kinds[0]
+                for kind in [kind for kind in size["worth"] if kind != one]:
+                    yield (f"{kind} of {size['answers']}", member.name, made.phase), (made, kind), (made, one)
             if base is not None and made.id != base.id:
                 yield ("self-improvement", member.name, made.phase), (made, kinds[0]), (base, kinds[0])
             if first is not None and made.phase == phases[-1]:

@@ -1,15 +1,16 @@
-"""Figures of a sweep as PNG: reward over iterations, over a chain's turns, and by answers used at test time."""
+"""Figures of a sweep as PNG: reward over iterations, over a chain's turns; benchmarks by answers used at test time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import evals
 from evals.refinement import METRICS
-from evals.test_time import EXPLAIN
 from evolve.store import digest, hash_file
 from sweeps.collect import Sweep
 
@@ -122,18 +123,18 @@ def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     return fig
 
 
-def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
+def over_answers(sweep: Sweep, metric: str, plt: Any, benchmark: str = "test_time") -> Any | None:
     """Test-time scaling: a column for each way to use n answers; above by their number, below by tokens generated.
 
     A colour for each member; its last model solid, its first dotted.
     """
     lines = []  # member's number, colour, marker, style, sizes
     for member, colour, marker in zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False):
-        measured = [m.metrics["sizes"] for m in member.of("test_time")]
-        measured = [sizes for sizes in measured if sizes[0]["worth"]["single"][metric]]
+        measured = [sizes for m in member.of(benchmark) if (sizes := m.metrics.get("sizes"))]
+        measured = [sizes for sizes in measured if sizes[0]["worth"].get("single", {}).get(metric)]
         for sizes, style in zip([measured[-1:], measured[:-1][:1]], "-:", strict=True):
             lines += [(member.name, colour, marker, style, some) for some in sizes]
-    kinds = [kind for kind in EXPLAIN if any(kind in sizes[0]["worth"] for *_, sizes in lines)]
+    kinds = list(dict.fromkeys(kind for *_, sizes in lines for kind in sizes[0]["worth"]))
     if not any(len(sizes) > 1 for *_, sizes in lines):
         return None
     fig, axes = plt.subplots(
@@ -165,7 +166,7 @@ def over_answers(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for row, what in enumerate(("answers used", "tokens generated for a prompt")):
-        axes[row, 0].set_ylabel(METRICS[metric], fontsize=9)
+        axes[row, 0].set_ylabel(evals.load(benchmark).METRICS[metric], fontsize=9)
         for ax in axes[row]:
             ax.set_xlabel(what, fontsize=8)
     fig.suptitle("after the last phase solid, after the first dotted; bars: 95 % intervals over prompts", fontsize=9)
@@ -189,13 +190,20 @@ def write(sweep: Sweep) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    for name, draw in (("iterations", over_iterations), ("turns", over_turns), ("test_time", over_answers)):
-        for metric in ("reward", "accuracy"):
-            figure = draw(sweep, metric, plt)
-            if figure is not None:
-                path = sweep.folder / f"{name}-{metric}.png"
-                figure.savefig(path, dpi=130)
-                plt.close(figure)
-                written.append(path)
+    draw = {
+        f"{name}-{metric}": partial(of, sweep, metric, plt)
+        for name, of in (("iterations", over_iterations), ("turns", over_turns))
+        for metric in METRICS
+    }
+    for benchmark in sweep.benchmarks:
+        name = "test_time" if benchmark == "test_time" else f"test_time-{benchmark}"
+        for metric in evals.load(benchmark).METRICS:
+            draw[f"{name}-{metric}"] = partial(over_answers, sweep, metric, plt, benchmark)
+    for name, of in draw.items():
+        if (figure := of()) is not None:
+            path = sweep.folder / f"{name}.png"
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+            written.append(path)
     note.write_text(json.dumps({"of": fingerprint, "files": [path.name for path in written]}))
     return written

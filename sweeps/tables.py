@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 import evals
-from evals import test_time
 from sweeps.collect import Measurement, Sweep
 
 COUNTS = {"unscored": "unscored", "never_made": "never made"}  # of what a turn counts, and how a cell says it
@@ -33,10 +32,9 @@ def number(estimate: Mapping[str, Any] | None) -> str:
 
 def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any] | None]:
     """What is said of each model: of a chain direct answers, refined answers, and the gain of one over the other."""
+    alone = len(measurement.metrics.get("turns", ())) == 1
     found = {kind: worth.get(metric) for kind, worth in measurement.headline.items()}
-    if len(measurement.metrics.get("turns", ())) == 1:
-        return {"direct": found["direct"]}
-    return found
+    return {kind: worth for kind, worth in found.items() if not (alone and kind in ("refined", "gain"))}
 
 
 def _shows_generated(sweep: Sweep, metric: str) -> bool:
@@ -79,21 +77,21 @@ def grid(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | 
     return [["member", "answers", *sweep.phases], *rows] if rows else []
 
 
-def scaling(sweep: Sweep, metric: str) -> list[list[str]]:
+def scaling(sweep: Sweep, metric: str, benchmark: str = "test_time", judge: str | None = None) -> list[list[str]]:
     """Test-time scaling of each member's last model: rows of cells, a column for each number of answers used.
 
     Beside the metric stand the tokens that were generated for a prompt: equal numbers of answers may differ in cost.
+    Empty where no curve was measured.
     """
-    last = [
-        (member.name, member.of("test_time")[-1].metrics["sizes"]) for member in sweep.members if member.of("test_time")
-    ]
+    measured = {member.name: member.of(benchmark, judge)[-1:] for member in sweep.members}
+    last = [(name, sizes) for name, found in measured.items() for one in found if (sizes := one.metrics.get("sizes"))]
     used = sorted({size["answers"] for _, sizes in last for size in sizes})
     if len(used) > WIDE:
         used = [n for n in used if n.bit_count() == 1 or n == used[-1]]  # powers of two, and all
     rows = []
     for name, sizes in last:
         by_size = {size["answers"]: size for size in sizes}
-        if not sizes[-1]["worth"]["single"].get(metric):
+        if not sizes[-1]["worth"].get("single", {}).get(metric):
             continue
         for kind in sizes[-1]["worth"]:
             cells = [number(by_size[n]["worth"][kind][metric]) if n in by_size else "" for n in used]
@@ -142,16 +140,20 @@ class Shown:
 
 def shown(sweep: Sweep) -> list[Shown]:
     """Every table that the sweep has numbers for."""
+    kinds = [
+        (benchmark, judge, metric)
+        for benchmark in sweep.benchmarks
+        for judge in sweep.judges(benchmark)
+        for metric in evals.load(benchmark).METRICS
+    ]
     found = []
-    for benchmark in sweep.benchmarks:
-        for judge in sweep.judges(benchmark):
-            for metric in evals.load(benchmark).METRICS:
-                if rows := grid(sweep, metric, benchmark, judge):
-                    found.append(Shown(title(sweep, metric, benchmark, judge), rows))
-    for metric in test_time.METRICS:
-        if rows := scaling(sweep, metric):
-            about = "after each member's last phase, by the number of answers used; tokens: generated for them a prompt"
-            found.append(Shown(f"{title(sweep, metric, 'test_time')}; {about}", rows))
+    for benchmark, judge, metric in kinds:
+        if rows := grid(sweep, metric, benchmark, judge):
+            found.append(Shown(title(sweep, metric, benchmark, judge), rows))
+    about = "after each member's last phase, by the number of answers used; tokens: generated for them a prompt"
+    for benchmark, judge, metric in kinds:
+        if rows := scaling(sweep, metric, benchmark, judge):
+            found.append(Shown(f"{title(sweep, metric, benchmark, judge)}; {about}", rows))
     return found
 
 
@@ -195,7 +197,7 @@ def markdown(made: Shown) -> str:
 def write(sweep: Sweep, found: Iterable[Shown]) -> list[Path]:
     """table.md with the tables as shown; table.csv with a line for each member, phase, benchmark, turn and metric.
 
-    Each line leads to its record. test_time.csv has the like, by answers used, where that was measured. Returns all.
+    Each line leads to its record. test_time.csv has the like, by answers used, where several are. Returns all.
     """
     files = [sweep.folder / "table.md", sweep.folder / "table.csv"]
     files[0].write_text("\n".join(map(markdown, found)))
@@ -204,7 +206,7 @@ def write(sweep: Sweep, found: Iterable[Shown]) -> list[Path]:
     write_csv(files[1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
     if scaled := list(_sizes(sweep)):
         files.append(sweep.folder / "test_time.csv")
-        write_csv(files[-1], [*whose, "kind", "answers", "tokens", *number, *source], scaled)
+        write_csv(files[-1], [*whose, "benchmark", "kind", "answers", "tokens", *number, *source], scaled)
     return files
 
 
@@ -232,9 +234,17 @@ def _turns(sweep: Sweep) -> Iterator[list[Any]]:
 
 def _sizes(sweep: Sweep) -> Iterator[list[Any]]:
     for member in sweep.members:
-        for made in member.of("test_time"):
-            for size in made.metrics["sizes"]:
+        for made in member.measurements:
+            for size in made.metrics.get("sizes", ()):
                 for kind, worth in size["worth"].items():
                     for numbers in _numbers(made, worth):
                         spent = [kind, size["answers"], size["tokens"]["value"]]
-                        yield [member.name, made.phase, *spent, *numbers, made.metrics["protocol"], made.id]
+                        yield [
+                            member.name,
+                            made.phase,
+                            made.benchmark,
+                            *spent,
+                            *numbers,
+                            made.metrics["protocol"],
+                            made.id,
+                        ]

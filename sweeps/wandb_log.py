@@ -83,11 +83,12 @@ def log(sweep: Sweep) -> tuple[int, str]:
             tokens = {"generated": member.generated[measurement.phase]} if measurement.phase in member.generated else {}
             timing = _timing(sweep, member, measurement.phase)
             run.log({"phase": order[measurement.phase], **_scalars(measurement), **tokens, **timing})
-        names = {"refinement": "by turn", "test_time": "by answers"}
         for benchmark in sweep.benchmarks:
-            if measured := member.of(benchmark):
-                name = names.get(benchmark, f"{benchmark} by turn")
-                run.log({name: _table(wandb, measured), "phase": order[fresh[-1].phase]})
+            whose = "" if benchmark in ("refinement", "test_time") else f"{benchmark} "
+            for by in ("turns", "sizes"):
+                if measured := [one for one in member.of(benchmark) if by in one.metrics]:
+                    name = f"{whose}by {'turn' if by == 'turns' else 'answers'}"
+                    run.log({name: _table(wandb, measured, by), "phase": order[fresh[-1].phase]})
         run.finish()
         _marker(sweep, member).write_text(json.dumps([f"{m.phase} {m.id}" for m in member.measurements]))
     return len(waiting), how
@@ -132,12 +133,12 @@ def _scalars(measurement: Measurement) -> dict[str, float]:
     return found
 
 
-def _table(wandb: Any, measured: list[Measurement]) -> Any:
-    """One benchmark's numbers by turn, or by answers used, with the tokens they cost."""
-    by = ["turn"] if "turns" in measured[0].metrics else ["kind", "answers", "tokens"]
-    table = wandb.Table(columns=["phase", *by, "metric", "value", "low", "high", "n", "protocol", "record"])
+def _table(wandb: Any, measured: list[Measurement], by: str) -> Any:
+    """One benchmark's numbers by turn (turns), or by answers used, with the tokens they cost (sizes)."""
+    place = ["turn"] if by == "turns" else ["kind", "answers", "tokens"]
+    table = wandb.Table(columns=["phase", *place, "metric", "value", "low", "high", "n", "protocol", "record"])
     for made in measured:
-        for place, worth in _points(made.metrics):
+        for place, worth in _points(made.metrics, by):
             for name in made.titles:
                 if estimate := worth.get(name):
                     numbers = [estimate[key] for key in ("value", "low", "high", "n")]
@@ -145,12 +146,13 @@ def _table(wandb: Any, measured: list[Measurement]) -> Any:
     return table
 
 
-def _points(metrics: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    for turn in metrics.get("turns", ()):
-        yield [turn["turn"]], turn
-    for size in metrics.get("sizes", ()):
-        for kind, worth in size["worth"].items():
-            yield [kind, size["answers"], size["tokens"]["value"]], worth
+def _points(metrics: dict[str, Any], by: str) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    for part in metrics[by]:
+        if by == "turns":
+            yield [part["turn"]], part
+            continue
+        for kind, worth in part["worth"].items():
+            yield [kind, part["answers"], part["tokens"]["value"]], worth
 
 
 def main() -> int:

@@ -415,7 +415,7 @@ def test_the_interval_is_as_wide_as_the_fits_spread(tmp_path, monkeypatch):
 
 
 def test_measure_by_turn(world):
-    metrics, dropped, items = world.measure(difficulty=world.difficulty)
+    metrics, dropped, items, _ = world.measure(difficulty=world.difficulty)
     assert dropped == {"answers never made": 0, "verdicts that can't be read": 0}
     assert (metrics["benchmark"], metrics["protocol"]) == ("alpaca_eval", "as agreed")
     assert [turn["turn"] for turn in metrics["turns"]] == [1, 2]
@@ -453,7 +453,7 @@ def test_what_was_not_made_or_not_read_is_unscored_and_what_is_the_same_is_a_tie
     answers[2]["answers"][0]["text"] = world.questions[2]["reference"]
     verdicts[2]["verdicts"]["1"] = []
     answers.pop(3)
-    metrics, dropped, items = world.measure(answers=answers, verdicts=verdicts)
+    metrics, dropped, items, _ = world.measure(answers=answers, verdicts=verdicts)
     assert [turn["unscored"] for turn in metrics["turns"]] == [2, 3]
     assert [turn["win_rate"]["n"] for turn in metrics["turns"]] == [SIZE - 2, SIZE - 3]
     assert [turn["lc_win_rate"]["n"] for turn in metrics["turns"]] == [SIZE - 2, SIZE - 3]

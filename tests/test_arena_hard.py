@@ -327,7 +327,7 @@ def rows_of(labels, answers=("direct", "refined")):
 
 def test_measure_by_turn():
     made = rows_of({"1": [["A>>B", "B>A"], ["A=B", None]], "2": [["A=B", "A=B"], ["B>A", "A>B"]]})
-    metrics, dropped, items = arena_hard.measure(*made, "judge j, prompt 12345678")
+    metrics, dropped, items, _ = arena_hard.measure(*made, "judge j, prompt 12345678")
     assert (metrics["benchmark"], metrics["protocol"], metrics["version"]) == (
         "arena_hard",
         "judge j, prompt 12345678",
@@ -350,7 +350,7 @@ def test_measure_by_turn():
 def test_what_was_not_judged_is_counted():
     """The gain is over the prompts that both turns have."""
     made = rows_of({"1": [["A>B", "A>B"], ["A>B", "A>B"]], "2": [["B>A", "A>B"]]})
-    metrics, dropped, items = arena_hard.measure(*made, "")
+    metrics, dropped, items, _ = arena_hard.measure(*made, "")
     assert [turn["unplayed"] for turn in metrics["turns"]] == [0, 1]
     assert metrics["gain"]["score"] == {"value": 50.0, "low": None, "high": None, "n": 1}
     assert dropped["prompts without a game that counts"] == 1

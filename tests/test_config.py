@@ -250,6 +250,33 @@ REFUSED = {
     "eval=test_time strategy@eval.test_time=chain eval.test_time.stop=unchanged": ["eval.test_time.stop=unchanged"],
     "eval=test_time eval.test_time.wibble=1": ["eval.test_time.wibble: unknown key", "answers, branching, chains"],
     "eval=test_time data=ultrafeedback eval.select=verifier": ["eval.select=verifier", "eval.select=reward_model"],
+    "eval=alpaca_eval eval.alpaca_eval.pick=[best]": [
+        "eval.alpaca_eval.pick=[best]: there are no several answers",
+        "strategy@eval.test_time=parallel",
+    ],
+    "eval=math eval.harness.pick=[best,majority]": ["eval.harness.pick=[best,majority]: there are no several answers"],
+    "eval=arena_hard eval.arena_hard.pick=[best,majority] strategy@eval.test_time=parallel": [
+        "eval.arena_hard.pick=[best,majority]: free text",
+        "take eval.arena_hard.pick=[best]",
+    ],
+    "eval=math eval.harness.pick=[best] strategy@eval.test_time=parallel eval.select=verifier": [
+        "eval.select=verifier: the questions of gsm8k have no reference",
+        "eval.select=reward_model",
+    ],
+    "eval=math eval.harness.pick=[majority] strategy@eval.test_time=tree eval.select=verifier": [
+        "eval.select=verifier: the questions of gsm8k",  # a tree looks at scores on the way
+    ],
+    "eval=math eval.harness.pick=[majority] strategy@eval.test_time=parallel eval.temperature=0": [
+        "eval.temperature=0: all answers that eval.harness.pick=[majority] picks from would be the same",
+    ],
+    "eval=math eval.harness.pick=[majority] strategy@eval.test_time=chain eval.test_time.chains=2 eval.temperature=0": [
+        "eval.temperature=0",
+    ],
+    "eval=math eval.harness.pick=[median]": ["eval.harness.pick", "'best' or 'majority'"],
+    "eval.benchmarks=[ifeval] eval.harness.pick=[majority] strategy@eval.test_time=parallel": [
+        "ifeval: extracts nothing from an answer",
+        "take eval.harness.pick=[best]",
+    ],
     "eval.benchmarks=[refinement,refinement]": ["eval.benchmarks", "names one twice"],
     "eval.stop=never": ["eval.stop=never", "'unchanged' or 'score_drop'"],
     "filter=rule strategy=tree": ["strategy.expand=best", "strategy.expand=every"],
@@ -568,6 +595,44 @@ def test_a_tasks_settings_make_its_own_stages_new(tmp_path: Path, override: str,
     given = ("debug=fast", "eval.benchmarks=[gsm8k]", f"eval.harness.data.gsm8k={file}")
     known, new = set(ids(load(*given))), set(ids(load(*given, override)))
     assert {one.split("/")[0] for _, one in known - new} == kinds
+
+
+@pytest.mark.parametrize("benchmark", ["alpaca_eval", "gsm8k"])
+def test_picks_add_their_own_stages_and_touch_no_others(tmp_path: Path, benchmark: str) -> None:
+    for name in ("test.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    task = "harness" if benchmark == "gsm8k" else benchmark
+    several = ("strategy@eval.test_time=parallel", f"eval.{task}.pick=[best]")
+    given = ("debug=fast", f"eval.benchmarks=[{benchmark}]", f"eval.harness.data.gsm8k={tmp_path / 'test.jsonl'}")
+
+    def stages(*more: str) -> set[tuple[str, str]]:
+        return set(ids(load(*given, "filter=reward_model", *more)))
+
+    def kinds(some: set[tuple[str, str]]) -> set[str]:
+        return {one.split("/")[0] for _, one in some}
+
+    without, picked = stages(), stages(*several)
+    assert without == stages("strategy@eval.test_time=parallel", "eval.test_time.answers=3")
+    assert kinds(without - picked) == {"evaluate"}
+    judged = {"pick", "compare"} if benchmark == "alpaca_eval" else set()
+    assert kinds(picked - without) == {"respond", "score", "evaluate"} | judged
+    for change in ("eval.test_time.answers=3", "eval.temperature=0.3", "eval.seed=1"):
+        assert {"respond", "score", "evaluate"} | judged <= kinds(picked - stages(*several, change)), change
+    # Multiple choice has nothing to pick.
+    choices = ("eval.benchmarks=[arc_easy]", f"+eval.harness.data.arc_easy={tmp_path / 'test.jsonl'}")
+    assert stages(*choices) == stages(*choices, *several)
+
+
+def test_a_vote_makes_no_answers_new(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
+    given = ("debug=fast", "eval.benchmarks=[math500]", f"eval.harness.data.math500={file}", "filter=reward_model")
+    given += ("strategy@eval.test_time=parallel",)
+    known, new = (set(ids(load(*given, f"eval.harness.pick=[{pick}]"))) for pick in ("best", "best,majority"))
+    assert {one.split("/")[0] for _, one in known - new} == {"evaluate"}
+    assert new == set(ids(load(*given, "eval.harness.pick=[majority,best]")))
+    only = ids(load(*given, "eval.harness.pick=[majority]", "filter=rule"))
+    assert not [one for _, one in only if one.startswith("reward_model/")]  # nobody scores
 
 
 def test_a_tasks_examples_are_part_of_its_questions(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_limits_hold(out, records):
     member = plan.build("member", load(*SMALL, *RUN), sources.Resolver(None))
     stages = {step.stage.id: step.stage for step in member.steps}
     assert stages.keys() == records.keys()
-    blank = estimate._Estimates(stages.values(), {}, {}, None)
+    blank = estimate._Estimates(stages, stages.keys(), Store(out / "none"), lambda kind: [], {}, None)
     for key, record in records.items():
         stage = stages[key]
         if stage.kind not in COUNTED:

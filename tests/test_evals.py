@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import refinement, statistics, test_time
+from evals import picks, refinement, statistics, test_time
 from evals.statistics import Estimate
 from evolve.config import Strategy
 
@@ -98,7 +98,7 @@ def test_measure_by_turn():
         [[False, True, True], [False, False, True], [False, False, False]],
         [["a", "bb", "bb"], ["a", "b", "c"], ["d", "d", "d"]],
     )
-    metrics, unscored, _ = refinement.measure(answers, scores, "as agreed")
+    metrics, unscored, *_ = refinement.measure(answers, scores, "as agreed")
     assert unscored == {"prompts with an answer that has no score": 0}
     assert (metrics["benchmark"], metrics["protocol"]) == ("refinement", "as agreed")
     turns = metrics["turns"]
@@ -115,7 +115,7 @@ def test_measure_by_turn():
 def test_unscored_answers_are_left_out_and_counted():
     """A prompt with an unscored answer counts for no turn: turns are compared over the same prompts."""
     answers, scores = made([[0.0, 0.5, 1.0], [0.5, 0.5, None], [None, 1.0, 0.5], [0.25, 0.0, 0.75]])
-    metrics, unscored, _ = refinement.measure(answers, scores, "")
+    metrics, unscored, *_ = refinement.measure(answers, scores, "")
     assert unscored == {"prompts with an answer that has no score": 2}
     assert [turn["reward"]["n"] for turn in metrics["turns"]] == [2, 2, 2]
     assert [turn["reward"]["value"] for turn in metrics["turns"]] == pytest.approx([0.125, 0.25, 0.875])
@@ -139,7 +139,7 @@ def test_a_turn_without_any_score_is_refused():
 
 def test_one_turn_has_no_gain():
     draw = random.Random(0)
-    metrics, _, _ = refinement.measure(*made([[draw.random()] for _ in range(5)]), "")
+    metrics, *_ = refinement.measure(*made([[draw.random()] for _ in range(5)]), "")
     assert metrics["gain"]["reward"] == {"value": 0, "low": 0, "high": 0, "n": 5}
 
 
@@ -158,7 +158,7 @@ def test_the_standing_answer_counts_for_turns_that_were_not_made():
         [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.75, 0.0], [0.0, 1.0, 0.5], [0.75, 0.25]],
         [[False, False, False, True], [False] * 4, [False, True, False], [True, False]],
     )
-    metrics, _, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
+    metrics, *_ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
     rewards = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 0.75, 0.75], [0.0, 1.0, 1.0, 1.0], [0.75, 0.75, 0.75, 0.75]]
     assert [turn["reward"]["value"] for turn in metrics["turns"]] == [
         sum(column) / 4 for column in zip(*rewards, strict=True)
@@ -171,15 +171,15 @@ def test_the_standing_answer_counts_for_turns_that_were_not_made():
 
 def test_a_chain_cut_short_by_a_drop_ends_before_its_last_answer_however_that_is_scored_again():
     answers, scores = made([[0.0, 1.0, 1.0], [0.5, 0.5, 0.5]], [[False, True, False], [True, True, False]])
-    metrics, _, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
+    metrics, *_ = refinement.measure(with_tokens(answers), scores, "", chain(4, "score_drop"))
     assert [turn["accuracy"]["value"] for turn in metrics["turns"]] == [0.5, 1.0, 1.0, 1.0]
-    whole, _, _ = refinement.measure(with_tokens(answers), scores, "", chain(3, "score_drop"))
+    whole, *_ = refinement.measure(with_tokens(answers), scores, "", chain(3, "score_drop"))
     assert [turn["accuracy"]["value"] for turn in whole["turns"]] == [0.5, 1.0, 0.0]
 
 
 def test_an_unchanged_answer_stands():
     answers, scores = made([[0.5, 1.0, 1.0], [0.25, 0.0, 0.5, 0.25]], texts=[["a", "b", "b"], ["a", "b", "c", "d"]])
-    metrics, _, _ = refinement.measure(with_tokens(answers), scores, "", chain(4, "unchanged"))
+    metrics, *_ = refinement.measure(with_tokens(answers), scores, "", chain(4, "unchanged"))
     assert [turn["reward"]["value"] for turn in metrics["turns"]] == [0.375, 0.5, 0.75, 0.625]
     assert [turn["unchanged"] for turn in metrics["turns"]] == [None, 0.0, 0.5, 0.5]
 
@@ -187,8 +187,8 @@ def test_an_unchanged_answer_stands():
 @given(st.lists(st.lists(values, min_size=3, max_size=3), min_size=2, max_size=5))
 def test_whole_chains_are_measured_as_without_a_rule(scores):
     answers, scored = made(scores)
-    plain, _, _ = refinement.measure(answers, scored, "")
-    ruled, _, _ = refinement.measure(with_tokens(answers), scored, "", chain(3, "unchanged"))
+    plain, *_ = refinement.measure(answers, scored, "")
+    ruled, *_ = refinement.measure(with_tokens(answers), scored, "", chain(3, "unchanged"))
     assert ruled.pop("made")["turns"]["value"] == 3
     assert ruled == plain
 
@@ -198,13 +198,39 @@ def test_whole_chains_are_measured_as_without_a_rule(scores):
 
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=9))
 def test_majority_is_the_most_frequent_and_the_earlier_of_equals(said):
-    found = said[test_time.majority(said)]
+    found = said[picks.majority(said)]
     counts = {text: said.count(text) for text in said if text is not None}
     if not counts:
-        assert test_time.majority(said) == 0
+        assert picks.majority(said) == 0
         return
     assert counts[found] == max(counts.values())
-    assert test_time.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+    assert picks.majority(said) == min(said.index(text) for text in counts if counts[text] == counts[found])
+
+
+@given(
+    st.lists(
+        st.tuples(st.none() | st.integers(0, 3).map(float), st.sampled_from(["a", "b", None])), min_size=4, max_size=4
+    ),
+    st.sampled_from(["parallel", "chain"]),
+)
+def test_what_is_picked_from_several(found, name):
+    """Of any number of them; those without a score or text are passed over, and the first stands where all are."""
+    scores, said = map(list, zip(*found, strict=True))
+    strategy = Strategy(name=name, answers=4, branching=None, expand=None, chains=2 if name == "chain" else 1)
+    assert list(picks.sizes(strategy)) == ([2, 4] if name == "chain" else [1, 2, 3, 4])
+    for size in picks.sizes(strategy):
+        which = picks.picked(strategy, size, scores, said)
+        assert list(which) == ["single", *(["latest"] if name == "chain" else []), "best", "majority"]
+        assert list(which["single"]) == list(range(size))
+        assert list(which.get("latest", [])) == ([size - 2, size - 1] if name == "chain" else [])
+        ([best], [vote]) = (which[kind] for kind in ("best", "majority"))
+        known = [score for score in scores[:size] if score is not None]
+        assert best == (scores.index(max(known)) if known else 0)
+        assert vote == picks.majority(said[:size])
+        assert (said[vote] is None) == (set(said[:size]) == {None})
+    assert "best" not in picks.picked(strategy, 4, None, said) and "majority" not in picks.picked(
+        strategy, 4, scores, None
+    )
 
 
 def parallel(answers):
@@ -222,7 +248,7 @@ def test_measure_by_answers_used():
         {"id": "p0", "scores": [1, 3, 2], "correct": [None] * 3},
         {"id": "p1", "scores": [5, 5, 6], "correct": [None] * 3},
     ]
-    metrics, unscored, _ = test_time.measure(with_tokens(answers), scores, likes, "as agreed", parallel(3), str.strip)
+    metrics, unscored, *_ = test_time.measure(with_tokens(answers), scores, likes, "as agreed", parallel(3), str.strip)
     assert unscored == {"prompts with an answer that has no score": 0}
     assert (metrics["benchmark"], metrics["protocol"]) == ("test_time", "as agreed")
     sizes = metrics["sizes"]
@@ -247,7 +273,7 @@ def test_measure_by_answers_used():
 def test_chains_are_used_turn_by_turn_and_have_a_latest():
     answers, scores = made([[0.0, 0.5, 1.0, 0.5], [0.0, 0.0, 1.0, 1.0]])
     strategy = Strategy(name="chain", answers=4, branching=None, expand=None, chains=2)
-    metrics, _, _ = test_time.measure(with_tokens(answers), scores, scores, "", strategy)
+    metrics, *_ = test_time.measure(with_tokens(answers), scores, scores, "", strategy)
     assert [size["answers"] for size in metrics["sizes"]] == [2, 4]
     assert [size["worth"]["latest"]["reward"]["value"] for size in metrics["sizes"]] == [0.125, 0.875]
     assert list(metrics["sizes"][0]["worth"]) == ["single", "latest", "best"]  # nothing extracts, so nobody votes
@@ -262,7 +288,7 @@ grades = st.lists(
 @given(grades)
 def test_an_oracle_only_gains_from_more_answers_and_is_pass_at_n(found):
     answers, scores = made(found, [[grade == 1.0 for grade in row] for row in found])
-    metrics, _, _ = test_time.measure(with_tokens(answers), scores, scores, "", parallel(4), str.strip)
+    metrics, *_ = test_time.measure(with_tokens(answers), scores, scores, "", parallel(4), str.strip)
     worth = [size["worth"] for size in metrics["sizes"]]
     rewards = [size["oracle"]["reward"]["value"] for size in worth]
     assert rewards == sorted(rewards) and "best" not in worth[0]
@@ -279,6 +305,6 @@ def test_a_prompt_without_a_score_counts_for_no_number_of_answers(unscored):
     answers, scores = made([[0.5, None], [0.25, 1.0]])
     whole = made([[0.5, 0.5], [0.25, 1.0]])[1]
     given = {"scores": whole, "select": whole, unscored: scores}
-    metrics, dropped, _ = test_time.measure(with_tokens(answers), protocol="", strategy=parallel(2), **given)
+    metrics, dropped, *_ = test_time.measure(with_tokens(answers), protocol="", strategy=parallel(2), **given)
     assert dropped == {"prompts with an answer that has no score": 1}
     assert {size["worth"]["single"]["reward"]["n"] for size in metrics["sizes"]} == {1}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_jobs import Settings, resources
 
-from evolve import simulate
-from evolve.config import ConfigError, Node
+from evolve import jobs, simulate
+from evolve.config import ConfigError, Need, Node
 from evolve.simulate import Amounts, Schedule, Task
+from evolve.store import Source, Stage
 
 NODES: list[Amounts] = [(4, 16, 64), (2, 8, 256)]
 
@@ -104,6 +106,17 @@ def test_what_is_left_beside_a_large_job_is_there_for_small_ones():
 def test_a_job_that_no_machine_has_room_for_is_refused():
     with pytest.raises(ConfigError, match=r"resources.slurm.needs: a job wants 8 GPUs.*largest has 4 /"):
         simulate.simulate([one("large", 1, 8)], NODES)
+
+
+def test_jobs_of_an_array_share_a_stage():
+    answers = Stage("respond", 1, Settings(number=0), {"data": Source("data", "x", "x")})
+    scores = Stage("score", 1, Settings(number=1), {"answers": answers})
+    made = jobs.group([answers, scores], resources(default=Need(shards=4, minutes=30)))
+    tasks = simulate.of_jobs(made, {answers.id: 100.0, scores.id: 7.0})
+    *shares, whole = tasks
+    assert [share.seconds for share in shares] == [25] * 4 and whole.seconds == 7
+    assert whole.needs == {share.key for share in shares} and whole.key == made[0].key
+    assert simulate.simulate(tasks, simulate.pool(4, Node(cpus=64))).makespan == 32
 
 
 def test_gpus_come_in_machines():

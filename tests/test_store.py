@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -449,6 +450,71 @@ def test_eight_processes_hold_one_lease_one_at_a_time(tmp_path, left):
     assert sum(held for held, _ in counts) > 20
     assert sum(held > 0 for held, _ in counts) > 1
     assert not any(tmp_path.iterdir())
+
+
+def build_all(root, log, seed):
+    """Every stage, in an order of its own. A lock that ends with its process shows whether two hold one lease."""
+    store, draw = Store(root), random.Random(seed)
+    todo = [stage(size=size) for size in range(STAGES)]
+    while todo := [node for node in todo if store.record(node) is None]:
+        for node in draw.sample(todo, len(todo)):
+            lease = store.lease(node)
+            if lease is None:
+                continue
+            with lease, (log / f"{node.config.size}.lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    (log / f"{node.config.size}.clash").touch()
+                if store.record(node) is None:
+                    commit(store, node, report=Report(values={"who": seed}))
+                    with (log / f"{node.config.size}.commits").open("a") as commits:
+                        commits.write(f"{seed}\n")
+
+
+STAGES = 200
+
+
+def test_sixteen_processes_of_which_some_are_killed_build_each_stage_once(tmp_path):
+    context, draw = multiprocessing.get_context("fork"), random.Random(0)
+    store, log = Store(tmp_path / "store"), tmp_path / "log"
+    log.mkdir()
+
+    def start(seed):
+        process = context.Process(target=build_all, args=(store.root, log, seed))
+        process.start()
+        return process
+
+    processes = [start(seed) for seed in range(16)]
+    killed, deadline = 0, time.time() + 60
+    while any(process.is_alive() for process in processes):
+        assert time.time() < deadline
+        time.sleep(draw.uniform(0.02, 0.1))
+        number = draw.randrange(16)
+        if killed < 30 and processes[number].is_alive():
+            processes[number].kill()
+            killed += 1
+            processes[number].join()
+            processes[number] = start(16 + killed)
+    assert killed > 5
+    assert [process.exitcode for process in processes] == [0] * 16
+    assert len(list(store.ids())) == STAGES
+    for node in (stage(size=size) for size in range(STAGES)):
+        store.verify(node.id)
+        commits = log / f"{node.config.size}.commits"  # one is missing if its writer was killed just before
+        told = commits.read_text().split() if commits.exists() else []
+        assert told in ([], [str(store.read(node.id)["values"]["who"])])
+    assert list(log.glob("*.clash")) == []
+
+
+def test_newest_records_come_first_and_broken_ones_never(store):
+    nodes = [stage(size=size) for size in range(4)]
+    for age, node in enumerate(nodes):
+        commit(store, node)
+        os.utime(store.folder(node.id), (1000 - age,) * 2)
+    truncate(store.folder(nodes[1].id))
+    assert [record["id"] for record in store.newest("data", 2)] == [nodes[0].id, nodes[2].id]
+    assert store.newest("score", 2) == []
 
 
 def test_litter_is_what_nothing_refers_to(store):

@@ -1,4 +1,4 @@
-r"""Documents and scorer of this folder's tasks.
+r"""Prompts, answers and scorer of this folder's tasks.
 
     {"problem": "What is $1+1$?", "solution": "... is $\\boxed{2}$."}  "so it is \\boxed{\\frac{4}{2}}"  ->  right
 
@@ -16,16 +16,17 @@ from evolve import verifiers
 from evolve.scorers import Item
 
 
-def documents(dataset: Any) -> Any:
-    """Rows of any of the data sets as {"problem", "answer"}."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"problem": problem(row), "answer": answer(row)} for row in dataset])
+def prompt(row: dict[str, Any]) -> str:
+    return problem(row) + "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 def problem(row: dict[str, Any]) -> str:
+    """Of a row of any of the data sets. Raises ValueError where there is none."""
+    asked = row.get("problem") or row.get("question")
+    if not asked:
+        raise ValueError(f"no 'problem' or 'question'; it has {', '.join(row)}")
     context = row.get("context")  # OlympiadBench: what several questions share
-    return "\n\n".join(text for text in (context, row.get("problem") or row["question"]) if text)
+    return "\n\n".join(text for text in (context, asked) if text)
 
 
 def answer(row: dict[str, Any]) -> str:
@@ -38,7 +39,7 @@ def answer(row: dict[str, Any]) -> str:
         return ", ".join(found)
     if isinstance(found, float):  # AMC's
         return f"{found:g}"
-    boxed = verifiers.boxed(row["solution"]) if found is None else str(found)
+    boxed = verifiers.boxed(row.get("solution") or "") if found is None else str(found)
     if not boxed:
         raise ValueError(f"no answer, nor a \\boxed{{}} in the solution: {problem(row)[:60]!r}")
     return boxed
@@ -51,7 +52,7 @@ def _verifier() -> verifiers.Verifier:
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Raises RuntimeError where the verifier gave up, for whoever counts such."""
-    graded = _verifier().grade(Item(doc["problem"], results[0], doc["answer"]))
+    graded = _verifier().grade(Item(problem(doc), results[0], answer(doc)))
     if graded.counts:
         raise RuntimeError(*graded.counts)
     return {"exact_match": float(bool(graded.correct))}

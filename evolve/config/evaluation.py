@@ -124,11 +124,15 @@ class StandIn(Section):
 
 
 class Questions(Section):
-    """What judged benchmarks have in common: whose answers are judged, and how they are made."""
+    """What benchmarks with questions of their own have in common: how many are asked, and how answers are made.
+
+    pick: which of the answers that eval.test_time makes to a question count too: the best by eval.select, the majority.
+    """
 
     limit: Positive | None
     temperature: Weight
     max_new_tokens: Positive | None
+    pick: tuple[Literal["best", "majority"], ...] = ()
 
 
 class AlpacaEval(Questions):
@@ -154,6 +158,7 @@ class Harness(Questions):
     shots: Count | None
     chat: bool
     data: dict[str, str | None]
+    unsafe_code: bool = False
 
 
 class Eval(Section):

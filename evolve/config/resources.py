@@ -21,8 +21,12 @@ def size(memory: Any) -> str:
 
 
 class Need(Section):
-    """What the job of a stage gets. gpus: None for as many as the stage uses. The rest is sbatch's."""
+    """What the job of a stage gets. gpus: None for as many as the stage uses. The rest is sbatch's.
 
+    shards: jobs of an array that deal the stage's rows among them, before one job makes the whole of it.
+    """
+
+    shards: Positive = 1
     gpus: Count | None = None
     cpus: Positive = 4
     memory: str = "16G"

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ROOT = Path(__file__).resolve().parents[2]
+from evolve.snapshot import CHECKOUT, ROOT, frozen
+
 CONF = ROOT / "conf"
 RUNTIME = "runtime"  # metadata of fields that never enter an identity
 HERE = "{here}"  # in the message of a section that stands in several places: where it stands
@@ -36,10 +37,10 @@ class Section(BaseModel):
 
 def find(path: str) -> Path | None:
     """A file or folder by the user's path, from the working directory or else the project's; None where it is not."""
-    for base in (Path.cwd(), ROOT):
-        candidate = base / os.path.expanduser(path)
+    for base in (Path.cwd(), CHECKOUT):
+        candidate = frozen((base / os.path.expanduser(path)).resolve())
         if candidate.exists():
-            return candidate.resolve()
+            return candidate
     return None
 
 

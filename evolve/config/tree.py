@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from evolve.config.engines import Engine
-from evolve.config.evaluation import Endpoint, Eval, Judge, NoJudge, StandIn
+from evolve.config.evaluation import Endpoint, Eval, Judge, NoJudge, Questions, StandIn
 from evolve.config.method import (
     Data,
     Filter,
@@ -66,6 +66,17 @@ class Config(Section):
         return scorer if scorer != "auto" else "verifier" if self.data.verifier else "reward_model"
 
     @property
+    def asked(self) -> dict[str, Questions]:
+        """The settings of the benchmarks that ask questions of their own, by name; lm-eval's tasks share theirs."""
+        names = [name for name in self.eval.benchmarks if name not in ("refinement", "test_time")]
+        return {name: getattr(self.eval, name, self.eval.harness) for name in names}
+
+    def selects(self, own: Questions) -> bool:
+        """Whether eval.select has a say in the several answers to a benchmark's questions."""
+        strategy = self.eval.test_time
+        return "best" in own.pick or bool(own.pick and strategy and strategy.expand == "best")
+
+    @property
     def trained_iterations(self) -> int:
         return self.iteration.count if self.loss.pt != "none" else 0
 
@@ -76,6 +87,7 @@ class Config(Section):
         needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
         if isinstance(self.annotator, StandIn) and {"alpaca_eval", "arena_hard"} & set(self.eval.benchmarks):
             needs += [self.annotating_scorer]
+        needs += [self.eval.select for own in self.asked.values() if self.selects(own)]
         return "reward_model" in needs
 
     @property
@@ -145,19 +157,18 @@ class Config(Section):
             )
         if isinstance(self.annotator, StandIn) and self.annotator.scorer == "verifier" and not self.data.verifier:
             refuse(f"annotator.scorer=verifier: data.name={self.data.name} has no verifier; take reward_model")
-        sections = {name: getattr(self.eval, name, self.eval.harness) for name in self.eval.benchmarks}
         room = self.engine.max_length or self.data.max_length
-        for name, own in sections.items():
-            if name in ("refinement", "test_time"):
-                continue
+        for name, own in self.asked.items():
             key = f"eval.{name if own is not self.eval.harness else 'harness'}"
             if (tokens := own.max_new_tokens or 0) >= room:
                 refuse(
                     f"{key}.max_new_tokens={tokens}: leaves no room for a question in the {room} tokens of "
                     "data.max_length (or engine.max_length)"
                 )
+            if own.pick:
+                self._picks_agree(name, key, own)
         alpaca = self.eval.alpaca_eval
-        if "alpaca_eval" in sections and alpaca.length_control and None in (alpaca.difficulty, alpaca.gamed):
+        if "alpaca_eval" in self.asked and alpaca.length_control and None in (alpaca.difficulty, alpaca.gamed):
             refuse(
                 "eval.alpaca_eval.length_control=true: needs difficulty and gamed; set both, or length_control=false"
             )
@@ -171,6 +182,28 @@ class Config(Section):
                 "made; eval.stop is of the benchmark refinement"
             )
         return self
+
+    def _picks_agree(self, name: str, key: str, own: Questions) -> None:
+        """What is picked from several answers to one benchmark's questions, and by whom."""
+        strategy, picked = self.eval.test_time, f"{key}.pick=[{','.join(own.pick)}]"
+        if strategy is None:
+            refuse(
+                f"{picked}: there are no several answers to pick from; set strategy@eval.test_time=parallel (and "
+                "eval.test_time.answers)"
+            )
+            return
+        if "majority" in own.pick and own is not self.eval.harness:
+            refuse(f"{picked}: free text that a judge compares has no vote; take {key}.pick=[best]")
+        if self.selects(own) and self.eval.select == "verifier":
+            refuse(
+                f"eval.select=verifier: the questions of {name} have no reference that it could select by; "
+                "take eval.select=reward_model"
+            )
+        if self.eval.temperature == 0 and strategy.answers > 1 and (strategy.name == "parallel" or strategy.chains > 1):
+            refuse(
+                f"eval.temperature=0: all answers that {picked} picks from would be the same; set one above 0, or take "
+                "strategy@eval.test_time=chain"
+            )
 
     @model_validator(mode="after")
     def _training_agrees(self) -> Config:

@@ -11,6 +11,7 @@ stay inside `run`, so that planning needs none.
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
     likelihood   model, questions -> log-likelihoods of the choices       likelihoods.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
+    pick         answers, scores -> the best answer                       answers.jsonl
     compare      answers, questions -> verdicts          (a judge)        verdicts.jsonl, replies.jsonl
     pair         answers, scores -> pairs                (a filter)       rows.jsonl
     reference    model, pairs -> log-probabilities                        reference.safetensors
@@ -40,6 +41,7 @@ KINDS = (
     "respond",
     "likelihood",
     "score",
+    "pick",
     "compare",
     "pair",
     "reference",
@@ -48,6 +50,7 @@ KINDS = (
     "evaluate",
     "overlap",
 )
+SHARED = ("respond", "likelihood", "score")  # their rows can be made by several jobs at once (parts.py)
 LIGHT = ("data", "questions", "pair", "evaluate", "overlap")  # they take seconds, and no GPU
 
 
@@ -57,13 +60,14 @@ class Context:
 
     progress(done, total) is shown to whoever waits. partial: a folder, made by who uses it, for what the stage can go
     on from after it was killed. shared: the same for what the stages of all sweeps share, beside the store; None where
-    there is no store.
+    there is no store. share: (k, n) where this is one of n jobs that make every nth row each, from the kth.
     """
 
     device: str
     progress: Callable[[int, int], None]
     partial: Path
     shared: Path | None = None
+    share: tuple[int, int] | None = None
 
 
 class Module(Protocol):

@@ -18,6 +18,7 @@ VERSION = 3
 # Inputs by the file that `measure` gets the rows of; any other is a file itself.
 ROWS = {"questions": "rows.jsonl"} | {use: f"{use}.jsonl" for use in ("answers", "likelihoods", "verdicts")}
 ROWS |= dict.fromkeys(("scores", "select"), "scores.jsonl")
+ROWS |= {"samples": "answers.jsonl", "best_answers": "answers.jsonl", "best_verdicts": "verdicts.jsonl"}
 
 
 class Config(Section):
@@ -42,22 +43,25 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         given["strategy"] = config.strategy
     if config.verifier is not None:
         given["extract"] = verifiers.load(config.verifier).extract
+    if "verdicts" in inputs:
+        given |= {"replies": _replies(inputs["verdicts"]), "judge": config.judge}
+    if "best_verdicts" in inputs:
+        given["best_replies"] = _replies(inputs["best_verdicts"])
     measured = benchmark.measure(protocol=config.protocol, **given)
     (out / "metrics.json").write_text(json.dumps(measured.metrics | {"judge": config.judge}, indent=1) + "\n")
     (out / "items.json").write_text(json.dumps(measured.items) + "\n")
-    if hasattr(benchmark, "records"):
-        if "verdicts" in inputs:
-            given |= {"replies": _replies(inputs["verdicts"] / "replies.jsonl"), "judge": config.judge}
-        benchmark.records(out, **given)
+    if measured.records:
+        measured.records(out)
     found = benchmark.headline(measured.metrics)
     metric = next((name for name in benchmark.METRICS if any(worth.get(name) for worth in found.values())), None)
     values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
     return Report(dropped=measured.dropped, values=values)
 
 
-def _replies(path: Path) -> Replies:
+def _replies(comparison: Path) -> Replies:
     """What the judge said to each ask, by prompt's id and turn; nothing of a scorer in a judge's place."""
     found: Replies = {}
+    path = comparison / "replies.jsonl"
     for row in read_rows(path) if path.exists() else ():
         reply = Reply(**row["reply"]) if row["reply"] else None
         found.setdefault(row["id"], {}).setdefault(str(row["turn"]), []).append(reply)

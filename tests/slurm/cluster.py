@@ -11,6 +11,7 @@ Slurm 22.05 (Debian 12) is what this was written for.
 
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,11 +91,14 @@ class Cluster:
         self.accounting, self.max_submit = accounting, max_submit
         self.hold, self.grace, self.settings = hold, grace, dict(settings or {})
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._started: dict[str, float] = {}  # when each node was, in seconds since 1970
 
     # Life
 
     def start(self) -> None:
         """Returns once every node is idle. Raises Unavailable where there can be no cluster, RuntimeError."""
+        if self._daemons:
+            raise RuntimeError(f"this cluster runs already: {self.folder}")
         install.require(self.accounting)
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path has 107 characters at most
         try:
@@ -150,7 +155,8 @@ class Cluster:
         self._await_idle([node])
 
     def kill_controller(self, *, orderly: bool = False) -> None:
-        """slurmctld ends; jobs run on. Unless it is told to (`orderly`), it forgets what came in its last 5 seconds."""
+        """slurmctld ends; jobs run on. Unless it is told to (`orderly`), it forgets its last 10 seconds or so:
+        jobs submitted then are lost, their numbers given again, and those started then are killed and start anew."""
         self._kill("slurmctld", signal.SIGTERM if orderly else signal.SIGKILL)
 
     def start_controller(self) -> None:
@@ -160,10 +166,7 @@ class Cluster:
     def hurry(self) -> None:
         """Jobs that wait for their time, such as requeued ones, may start now."""
         for job in self.queue():
-            if job.state == "PENDING" and job.reason in (
-                "BeginTime",
-                "None",
-            ):  # None: not yet looked at since its requeue
+            if job.state == "PENDING" and job.reason in ("BeginTime", "None"):  # None: just requeued
                 self.run("scontrol", "update", f"JobId={job.id}", "StartTime=now")
 
     # Use
@@ -239,7 +242,8 @@ class Cluster:
             if not self._alive(name) or time.monotonic() > end:
                 said = [line for log in sorted(self.logs.glob(f"{name}.*")) for line in log.read_text().splitlines()]
                 state = "did not come up" if self._alive(name) else "ended"
-                raise RuntimeError("\n".join([f"{name} {state}; its logs are in {self.logs}:", *said[-20:]]))
+                nodes = self.run("sinfo", "--Node", "--format=%N %T %E", check=False).stdout
+                raise RuntimeError("\n".join([f"{name} {state}; its logs are in {self.logs}:", *said[-20:], nodes]))
             time.sleep(0.02)
 
     def _start_munge(self) -> None:
@@ -268,17 +272,18 @@ class Cluster:
     def _start_node(self, node: str) -> None:
         # A shell is the first process, so that those whose parents end are waited for.
         up = 'hostname "$0" && mount --bind "$1" /etc/hosts && slurmd -D -N "$0" & wait'
+        self._started[node] = time.time()
         self._spawn(node, "sh", "-c", up, node, str(self.folder / "hosts"), environment={"PATH": install.PATH})
 
     def _await_idle(self, nodes: list[str]) -> None:
         def idle(node: str) -> bool:
-            # The controller may not have noticed yet that the node was away, so its word is not enough.
-            if not answers(("127.0.0.1", ports[node])):
+            # Only the start's time tells whether the controller speaks of this slurmd or of the one before.
+            shown = self.run("scontrol", "--oneliner", "show", "node", node).stdout
+            state, started = (re.search(rf" {field}=(\S+)", shown) for field in ("State", "SlurmdStartTime"))
+            if not (state and started) or state[1] not in ("IDLE", "IDLE+PLANNED") or started[1] == "None":
                 return False
-            state = self.run("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T").stdout
-            return state == "idle\n"
+            return datetime.fromisoformat(started[1]).timestamp() >= int(self._started[node])
 
-        ports = dict(self._node_ports())
         for node in nodes:
             self._await(node, lambda node=node: idle(node), 60)
 
@@ -347,7 +352,7 @@ class Cluster:
                 "JobAcctGatherType": "jobacct_gather/linux",
             }
         if self.max_submit is not None:
-            lines["AccountingStorageEnforce"] = "limits"
+            lines["AccountingStorageEnforce"] = "limits,qos"
         shape = f"CPUs={self.cpus} Sockets=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory={self.memory}"
         gpus = f" Gres=gpu:{self.gpus}" if self.gpus else ""
         return "\n".join(
@@ -412,7 +417,7 @@ class Ports:
             held.close()
 
 
-def answers(address: Path | tuple[str, int]) -> bool:
-    """Whether a daemon listens at this Unix socket or at this host's port."""
-    with socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET) as client:
-        return client.connect_ex(str(address) if isinstance(address, Path) else address) == 0
+def answers(path: Path) -> bool:
+    """Whether a daemon listens at this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

@@ -1,6 +1,7 @@
 """The programs of a Slurm cluster, from Debian's packages."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -22,8 +23,10 @@ def require(accounting: bool) -> None:
     """Installs what a cluster lacks. Raises Unavailable where that, or a namespace, is not to be had."""
     if os.geteuid() != 0:
         raise Unavailable("a Slurm of virtual nodes needs root (namespaces, device files)")
-    if lacking := missing(accounting):
-        install(lacking)
+    with Path("/run/lock/slurm-for-tests").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers come here at the same time
+        if lacking := missing(accounting):
+            install(lacking)
     namespaces = ["unshare", "--pid", "--mount", "--uts", "--fork", "--mount-proc", "true"]
     probe = subprocess.run(namespaces, capture_output=True)
     if probe.returncode:
