@@ -96,14 +96,16 @@ def test_another_models_records_say_nothing(out, tiny):
     assert answers.most and answers.tokens == {"generated": 8 * 4 * 12}
 
 
-def test_a_verifiers_speed_is_no_reward_models(out, records):
-    """Evaluations are scored by the verifier, pairs by the reward model."""
-    of_verifier = [one["id"] for one in of_kind(records, "score") if one["config"]["scorer"] == "verifier"]
-    [of_model] = [one["id"] for one in of_kind(records, "score") if one["config"]["scorer"] == "reward_model"]
-    found = expected(out, "seed=5")
-    assert {record.id for record in found["iteration 1", "score"][1].measured} in ({of_model}, set(of_verifier))
-    scored = [one for (_, kind), (_, one) in found.items() if kind == "score"]
-    assert all({record.id for record in one.measured} in ({of_model}, set(of_verifier)) for one in scored)
+def test_a_scorers_speed_is_no_other_ones(out, records):
+    """Evaluations are scored by the verifier, pairs by a reward model of the same base as the judge."""
+    by: dict[str, set[str]] = {}
+    for record in of_kind(records, "score"):
+        by.setdefault(record["config"]["scorer"], set()).add(record["id"])
+    assert by.keys() == {"verifier", "reward_model"}
+    found = expected(out, "seed=5", "filter.margin=0.1")
+    for phase, scorer in (("sft", "verifier"), ("iteration 1", "reward_model")):
+        assert {record.id for record in found[phase, "score"][1].measured} == by[scorer]
+    assert expected(out, "filter=judge", "judge=policy")["iteration 1", "score"][1].how == "unknown"
 
 
 def test_limits_hold(out, records):

@@ -103,6 +103,17 @@ def test_what_is_left_beside_a_large_job_is_there_for_small_ones():
     assert (made.starts["large"], made.starts["long"], made.starts["longer"]) == (100, 0, 110)
 
 
+def test_a_second_large_job_takes_nothing_from_what_the_first_waits_for():
+    jobs = [one("running", 100, 3), one("large", 10, 4), one("middle", 10, 2), one("long", 200, 1)]
+    made = simulate.simulate(jobs, [(4, 16, 64)])
+    assert (made.starts["large"], made.starts["middle"], made.starts["long"]) == (100, 110, 110)
+
+
+def test_the_job_that_submits_what_is_left_is_in_the_queue_too():
+    made = simulate.simulate([one(str(number), 10, 1) for number in range(6)], [(8, 16, 64)], most=3)
+    assert list(made.starts.values()) == [0, 0, 0, 10, 10, 20]
+
+
 def test_a_job_that_no_machine_has_room_for_is_refused():
     with pytest.raises(ConfigError, match=r"resources.slurm.needs: a job wants 8 GPUs.*largest has 4 /"):
         simulate.simulate([one("large", 1, 8)], NODES)
