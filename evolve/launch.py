@@ -16,16 +16,19 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from evolve import cost, plan, snapshot, sources, workers
+from evolve import cost, estimate, plan, simulate, snapshot, sources, workers
 from evolve.config import ROOT, Config, ConfigError
+from evolve.estimate import Estimate
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
 from evolve.store import Stage, Store, digest
 from evolve.workers import Inline, Outcome, Setting, Workers
+
+PEERS = 500  # records of a kind, the newest, that new stages are compared with
 
 
 class Failed(Exception):
@@ -55,6 +58,11 @@ class Planned:
     verdicts: dict[str, Verdict]
     warnings: list[str] = field(default_factory=list)
     judging: list[cost.Judging] = field(default_factory=list)
+    expected: dict[str, Estimate] = field(default_factory=dict)  # of new stages
+
+    @property
+    def new(self) -> list[Stage]:
+        return [stage for stage in self.graph.stages.values() if not self.verdicts[stage.id].reused]
 
     @property
     def config(self) -> Config:
@@ -89,13 +97,18 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
         )
     names = plan.names(configs, overrides)
     graph = Graph([plan.build(name, config, resolver) for name, config in zip(names, configs, strict=True)])
+    newest = cache(lambda kind: store.newest(kind, PEERS))
     try:
-        verdicts = plan.compare(graph, store)
+        verdicts = plan.compare(graph, store, newest)
     except OSError as error:
         raise ConfigError(f"output={configs[0].output}: can't be read ({error.strerror})") from None
     new = [stage for stage in graph.stages.values() if not verdicts[stage.id].reused]
-    judging = cost.judging(new, cost.check_questions(new), store)
-    return Planned(graph, store, verdicts, resolver.warnings, judging)
+    questions = cost.check_questions(new)
+    judging = cost.judging(new, questions, store)
+    counts = {stage_id: len(rows) for stage_id, rows in questions.items()}
+    rates = configs[0].resources.rates
+    expected = estimate.estimates(graph.stages, {stage.id for stage in new}, store, newest, counts, rates)
+    return Planned(graph, store, verdicts, resolver.warnings, judging, expected)
 
 
 def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline: bool = False) -> Planned:
@@ -105,7 +118,7 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     """
     planned = plan_members(configs, overrides)
     show = Show(planned)
-    show.plan(full=planned.config.dry_run)
+    show.plan(simulate.here(planned), full=planned.config.dry_run)
     if planned.config.dry_run:
         return planned
     begin(planned)
@@ -145,7 +158,7 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
 
     planned = plan_members(configs, overrides)
     show = Show(planned)
-    show.plan(full=planned.config.dry_run)
+    show.plan(simulate.cluster(planned), full=planned.config.dry_run)
     if planned.config.dry_run:
         show.jobs(slurm.preview(planned))
         return planned

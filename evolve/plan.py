@@ -9,7 +9,7 @@ Everything here is cheap: no model is loaded, nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -497,32 +497,14 @@ class Verdict:
 
     reused: bool
     why: str = ""
-    seconds: float | None = None  # expected, from earlier records of its kind; None: nothing to go by
-
-
-PEERS = 500  # records of a kind, the newest, that a new stage is compared with
 
 
 class Peers:
-    """The store's records of a kind: what a new stage is compared with, and how long it may take."""
+    """The store's records of a kind: what a new stage is compared with."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
         self.records = records
-        self.seconds: dict[Any, list[float]] = {}
-        for record in records:
-            roots = tuple(record["roots"])
-            for key in (roots, (roots, canonical(record["identity"]["config"]))):
-                self.seconds.setdefault(key, []).append(record["seconds"])
-
-    def expected(self, node: Stage) -> float | None:
-        """Seconds that records with the same weights and data took: of the same settings, or else of any."""
-        roots = tuple(sorted(node.roots))
-        found = self.seconds.get((roots, canonical(node.identity["config"]))) or self.seconds.get(roots)
-        return sum(found) / len(found) if found else None
-
-    @cached_property
-    def settings(self) -> list[frozenset[tuple[str, str]]]:
-        return [_settings(record["identity"]) for record in self.records]
+        self.settings = [_settings(record["identity"]) for record in records]
 
     def difference(self, node: Stage) -> str:
         """From the record that differs in the fewest settings."""
@@ -546,27 +528,26 @@ def _settings(identity: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset((key, canonical(value)) for key, value in flatten(identity).items() if value is not None)
 
 
-def compare(graph: Graph, store: Store) -> dict[str, Verdict]:
-    """Reused or new for every stage; for a new one the setting that made it so, compared with what the store has."""
-    peers = cache(lambda kind: Peers(store.newest(kind, PEERS)))
+def compare(graph: Graph, store: Store, newest: Callable[[str], Sequence[Mapping[str, Any]]]) -> dict[str, Verdict]:
+    """Reused or new for every stage; for a new one the setting that made it so, compared with `newest` of its kind."""
+    peers = cache(lambda kind: Peers(newest(kind)))
     verdicts: dict[str, Verdict] = {}
     for node in graph.stages.values():
         if store.record(node) is not None:
             verdicts[node.id] = Verdict(True)
         else:
-            known = peers(node.kind)
-            verdicts[node.id] = Verdict(False, _why(node, known, verdicts, store), known.expected(node))
+            verdicts[node.id] = Verdict(False, _why(node, peers, verdicts, store))
     return verdicts
 
 
-def _why(node: Stage, peers: Peers, verdicts: Mapping[str, Verdict], store: Store) -> str:
+def _why(node: Stage, peers: Callable[[str], Peers], verdicts: Mapping[str, Verdict], store: Store) -> str:
     if store.folder(node.id).exists():
         return "a damaged result"
     for name, item in node.inputs.items():
         if isinstance(item, Stage) and not verdicts[item.id].reused:
             cause = verdicts[item.id].why
             return f"its {name} is new" if cause.startswith(("its ", "first")) else cause
-    return peers.difference(node)
+    return peers(node.kind).difference(node)
 
 
 def _short(value: Any) -> str:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from evolve.stages import KINDS
 from evolve.store import Stage
 
 if TYPE_CHECKING:
+    from evolve.estimate import Estimate
     from evolve.launch import Planned
+    from evolve.simulate import Outlook
     from evolve.slurm import Submission
     from evolve.workers import Outcome, Progress
 
@@ -30,6 +33,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def short(number: float) -> str:
+    """1234567 -> '1.23M'."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 ROWS = 40  # of a plan's table of members, and of its reasons
@@ -70,7 +81,7 @@ class Show:
 
     # ---- the plan
 
-    def plan(self, full: bool) -> None:
+    def plan(self, outlook: Outlook, full: bool) -> None:
         graph = self.planned.graph
         for warning in self.planned.warnings:
             self.console.print(f"warning: {warning}", style="yellow")
@@ -79,28 +90,66 @@ class Show:
         self.console.print(
             f"plan    {len(graph.stages)} stages for {members} member{'s' * (members > 1)}"
             + (f" (shared stages save {saved} of {graph.unshared})" if saved else "")
-            + f": {len(graph.stages) - len(self.new)} reused, {len(self.new)} new{self._cost()}"
+            + f": {len(graph.stages) - len(self.new)} reused, {len(self.new)} new"
         )
+        if self.new:
+            self._cost(outlook)
         for judging in self.planned.judging:
             self.console.print(f"judge   {judging}", soft_wrap=True)
         if full:
             self._matrix()
             self._reasons()
+            self._basis()
         self.console.print(f"folder  {self.planned.folder}", soft_wrap=True)
 
-    def _cost(self) -> str:
-        expected = [self.planned.verdicts[stage_id].seconds for stage_id in self.new]
-        known = [seconds for seconds in expected if seconds is not None]
-        if not self.new:
-            return ""
-        if not known:
-            return "; no earlier record to tell how long"
-        workers = self.planned.config.resources.workers
-        open_ = len(expected) - len(known)
-        return (
-            f"; about {duration(sum(known))} of work on {workers} worker{'s' * (workers > 1)}, by earlier records"
-            + (f" ({open_} stages without one)" if open_ else "")
-        )
+    def _cost(self, outlook: Outlook) -> None:
+        """Hours and tokens, and how long it takes on what there is."""
+        expected = [self.planned.expected[stage_id] for stage_id in self.new]
+        tokens = []
+        for name in ("generated", "trained"):
+            if found := [one for one in expected if one.tokens.get(name)]:
+                limit = "at most " if any(one.most for one in found) else "about "
+                tokens.append(f"{limit}{short(sum(one.tokens[name] for one in found))} tokens {name}")
+        if all(one.seconds is None for one in expected):
+            hours = ["of unknown length: there is no earlier record, and no resources.rates"]
+        else:
+            hours = [f"{short(outlook.gpu_hours)} GPU-hours"] if outlook.gpu_hours else []
+            hours += [f"{short(outlook.cpu_hours)} CPU-hours"]
+        self.console.print(f"cost    {', '.join([*hours, *tokens])}", soft_wrap=True)
+        if outlook.on and any(one.seconds for one in expected):
+            lengths = [
+                f"{duration(schedule.makespan)} on {name}" + (f" ({schedule.busy:.0%} busy)" if schedule.busy else "")
+                for name, schedule in outlook.on.items()
+            ]
+            path = next(iter(outlook.on.values())).path
+            least = f"; at least: {outlook.unknown} stages are of unknown length" if outlook.unknown else ""
+            self.console.print(f"time    {', '.join(lengths)}; never under {duration(path)}{least}", soft_wrap=True)
+
+    def _basis(self) -> None:
+        """What the expected time of each kind of stage goes by."""
+        table = Table("kind", "new", "time", "expected by", title="how long new stages take", title_justify="left")
+        rows: dict[tuple[str, str], list[Estimate]] = {}
+        for stage_id in self.new:
+            one = self.planned.expected[stage_id]
+            rows.setdefault((stage_id.split("/")[0], one.how), []).append(one)
+        for (kind, how), here in sorted(rows.items(), key=lambda row: KINDS.index(row[0][0])):
+            spent = "?" if how == "unknown" else duration(sum(one.seconds or 0.0 for one in here))
+            table.add_row(kind, str(len(here)), spent, self._words(how, here))
+        if any(how != "unknown" for _, how in rows):
+            self.console.print(table)
+
+    def _words(self, how: str, expected: Sequence[Estimate]) -> str:
+        if how == "assumed" and (rates := self.planned.config.resources.rates):
+            return f"assumed: {rates.path}"
+        if how == "unknown":
+            return "unknown"
+        measured = {record for one in expected for record in one.measured}
+        hosts = ", ".join(sorted({record.host for record in measured}))
+        days = sorted({record.started[:10] for record in measured})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        grown = max(one.grown for one in expected)
+        larger = f"; up to {grown:.3g} times as large as those" if grown > 1.05 else ""
+        return f"{len(measured)} record{'s' * (len(measured) > 1)} of the {how} ({hosts}, {when}){larger}"
 
     def _matrix(self) -> None:
         """Members x phases: how many stages are new, reused, or another member's too."""

@@ -395,6 +395,8 @@ RUNTIME = {
     "resources.device": st.sampled_from(["auto", "cpu", "cuda"]),
     "resources.retries": st.integers(0, 5),
     "resources.lease_timeout": st.floats(5, 1e6),
+    "resources.rates": st.sampled_from([None, {"path": "rates.yaml", "rates": {"train": {"tokens_per_second": 9}}}]),
+    "resources.slurm": st.sampled_from([None, yaml.safe_load((CONF / "resources/slurm.yaml").read_text())["slurm"]]),
     "trainer.micro_batch": st.sampled_from([1, 2, 4, 8, 16, 32]),
     "trainer.gradient_checkpointing": st.booleans(),
     "trainer.layout": st.sampled_from(["shared", "packed", "padded"]),

@@ -50,7 +50,7 @@ from evolve.config.method import (
     Trainer,
     accumulation,
 )
-from evolve.config.resources import Need, Resources, Slurm
+from evolve.config.resources import Need, Node, Rates, Resources, Slurm
 from evolve.config.section import CONF, HERE, ROOT, RUNTIME, ConfigError, Section, find, refuse
 from evolve.config.tree import Config, Wandb
 
@@ -78,10 +78,12 @@ __all__ = [
     "Model",
     "Need",
     "NoJudge",
+    "Node",
     "Optimiser",
     "PolicyGradient",
     "PreferenceWeights",
     "Price",
+    "Rates",
     "Resources",
     "RewardModel",
     "SFTWeights",

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
-from evolve.config.section import HERE, Count, Positive, Section
+from evolve.config.section import HERE, Count, Positive, Rate, Section, Weight, find
 
 Option = str | int | float | bool
+
+
+def size(memory: Any) -> str:
+    """A size as sbatch --mem has it. Raises ValueError for what is none."""
+    text = str(memory)
+    if not (text.rstrip("KMGTkmgt").isdigit() and len(text) - len(text.rstrip("KMGTkmgt")) <= 1):
+        raise ValueError(f"{HERE}={memory}: a number of MiB, or one with K, M, G or T, as sbatch --mem has it")
+    return text
 
 
 class Need(Section):
@@ -25,13 +34,17 @@ class Need(Section):
     partition: str | None = None
     options: dict[str, Option] = Field(default_factory=dict)
 
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _is_a_size(cls, memory: Any) -> Any:
-        text = str(memory)
-        if not (text.rstrip("KMGTkmgt").isdigit() and len(text) - len(text.rstrip("KMGTkmgt")) <= 1):
-            raise ValueError(f"{HERE}={memory}: a number of MiB, or one with K, M, G or T, as sbatch --mem has it")
-        return text
+    _memory = field_validator("memory", mode="before")(size)
+
+
+class Node(Section):
+    """What a machine has, for `simulate`. memory: as sbatch --mem has it."""
+
+    gpus: Positive = 8
+    cpus: Positive = 96
+    memory: str = "1T"
+
+    _memory = field_validator("memory", mode="before")(size)
 
 
 class Slurm(Section):
@@ -50,6 +63,9 @@ class Slurm(Section):
     python: str | None
     signal_seconds: Annotated[int, Field(ge=10)]
     max_jobs: Annotated[int, Field(ge=2)] | None  # one of them may be the job that submits the rest
+    simulate: tuple[Positive, ...] | None = None
+    node: Node = Node()
+    startup_seconds: Weight = 5.0
     needs: dict[str, Need]
 
     @field_validator("needs")
@@ -85,6 +101,47 @@ class Slurm(Section):
         return self
 
 
+class Assumed(Section):
+    """How fast a kind of stage is taken to be: seconds of any such stage, and tokens a second on each GPU it uses."""
+
+    seconds: Weight = 0.0
+    tokens_per_second: Rate | None = None
+
+
+class Rates(Section):
+    """A file of assumptions. prompt_tokens, answer_tokens: mean lengths; None: as long as the limits let them be."""
+
+    path: str
+    prompt_tokens: Positive | None = None
+    answer_tokens: Positive | None = None
+    rates: dict[str, Assumed]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        if not isinstance(values, str):
+            return values
+        if (file := find(values)) is None or not file.is_file():
+            raise ValueError(f"{HERE}={values}: no such file")
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise ValueError(f"{HERE}={values}: neither YAML nor JSON") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{HERE}={values}: no mapping with rates, prompt_tokens, answer_tokens")
+        return {**content, "path": values}
+
+    @field_validator("rates")
+    @classmethod
+    def _are_kinds(cls, rates: dict[str, Assumed]) -> dict[str, Assumed]:
+        from evolve.stages import KINDS
+
+        for name in rates:
+            if name not in KINDS:
+                raise ValueError(f"{HERE}.{name}: no kind of stage; those are {', '.join(KINDS)}")
+        return rates
+
+
 class Resources(Section):
     workers: Positive
     threads: Positive
@@ -92,3 +149,4 @@ class Resources(Section):
     retries: Count
     lease_timeout: Annotated[float, Field(ge=5)]
     slurm: Slurm | None = None
+    rates: Rates | None = None
