@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import sweep_here
 
-from evals import harness, several
+from evals import arena_hard, harness, several
 from evolve import launch, verifiers
 from evolve.config import Strategy
 from evolve.stages import Context, module, read_rows, stage, write_rows
@@ -56,7 +56,7 @@ def test_each_metric_picks_by_its_own_extraction(gsm8k: Path) -> None:
     made = samples(
         rows,
         ("#### 3", "#### 7", "So 7.", "#### 7"),
-        ("1,200", None, "no idea", "5"),  # what was not made and what can't be read have no vote
+        ("1,200", None, "no idea", "none"),  # what was not made and what can't be read have no vote
         ("#### 5", "#### 5", "#### 4", "#### 4"),  # the earlier of equals
     )
     likes = scores(rows, [1, 2, 3, 0], [None, None, 0.5, 0.1], [0, 0, 0, 1])
@@ -179,6 +179,34 @@ def judged(out: Path, *more: str) -> collect.Sweep:
     return collect.load(made.folder)
 
 
+def test_a_judges_benchmark_has_the_best_as_one_more_answer(tmp_path: Path) -> None:
+    """Arena-Hard, both games of two questions: the first answers lose all, the best win one question and lose one."""
+    labels = {"won": ["B>A", "A>B"], "lost": ["A>B", "B>A"]}
+    questions = [{"id": key, "prompt": key, "reference": "r", "uid": key} for key in ("a", "b")]
+    rows = samples(questions, ("one",), ("two words",))
+    best = [{**row, "of": 8, "tokens": 9} for row in rows]
+    first, picked = (
+        [{"id": key, "verdicts": {"1": labels[game]}} for key, game in zip("ab", games, strict=True)]
+        for games in (("lost", "lost"), ("won", "lost"))
+    )
+    more = {"best_answers": best, "best_verdicts": picked}
+    plain = arena_hard.measure(questions, rows, first, "")
+    found = arena_hard.measure(questions, rows, first, "", **more)
+    assert plain.metrics == {key: value for key, value in found.metrics.items() if key != "sizes"}
+    [size] = found.metrics["sizes"]
+    assert (size["answers"], size["tokens"]["value"], size["worth"]["best"]["score"]["value"]) == (8, 9, 50)
+    assert found.items == {**plain.items, "best": {"score": {"a": 100, "b": 0}}}
+    assert arena_hard.summary(found.metrics).startswith("Arena-Hard v0.1 direct 0.0, refined 0.0, best 50.0")
+    assert found.records is not None
+    found.records(tmp_path)
+    files = (tmp_path / "judgments_turn_1.jsonl", tmp_path / "best" / "judgments_turn_1.jsonl")
+    assert [[game["score"] for game in read_rows(file)[0]["games"]] for file in files] == [
+        labels["lost"],
+        labels["won"],
+    ]
+
+
+@pytest.mark.slow
 def test_the_best_is_judged_beside_direct_and_refined_answers(tmp_path: Path) -> None:
     sweep = judged(tmp_path)
     [member] = sweep.members
