@@ -10,6 +10,8 @@ has a record of. Neither accounting (sacct) nor what submitit pickles of a job's
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import pickle
@@ -19,7 +21,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,7 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _turn(store: Store) -> Iterator[None]:
     """One process at a time submits to a store, so that each of two sweeps sees what the other has submitted."""
     while (lease := Lease.take(store.root / ".submit.lease", store.lease_timeout)) is None:
@@ -183,17 +184,18 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
         _note(planned, {stage: job for stage, job in under_way.items() if stage in planned.graph.stages})
         own = {rest(planned.folder)} if again else set()  # the job that this runs in
         there = len(queue(store).keys() - own)
+        sizes = {job.key: 1 if job.shared is None else 1 + job.need.shards for job in todo}
         room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - there
+        room -= sum(sizes.values()) > room  # for the job that submits the rest
         number_of = {stage: number for stage, (_, number) in under_way.items()}
         taken = 0
         for job in todo:
             needs = sorted({number_of[item] for item in job.inputs if item in number_of}, key=_by_number)
-            size = 1 if job.shared is None else 1 + job.need.shards
             try:
-                if taken + size > room:
+                taken += sizes[job.key]
+                if taken > room:
                     raise Full
                 made.jobs[job.key] = number = _submit(job, planned, needs)
-                taken += size
             except Full:
                 made.left = len(todo) - len(made.jobs)
                 break
@@ -270,12 +272,13 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)
     try:
-        return str(executor.submit_array(functions)[0].job_id).split("_")[0]
+        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's words, which the error holds
+            return str(executor.submit_array(functions)[0].job_id).split("_")[0]
     except FailedJobError as error:
-        said = " ".join(str(error.__cause__ or error).split())
+        said = " ".join(str(error).split())
         if FULL.search(said):
             raise Full from None
-        raise ConfigError(f"sbatch: {said}") from None
+        raise ConfigError(said) from None
 
 
 def rest(sweep: Path) -> str:
