@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from evolve import slurm, status
 from evolve.config import ConfigError
+
+
+def _jobs(sweep: status.Sweep, queue: Mapping[str, slurm.Queued]) -> set[str]:
+    """The keys of the sweep's jobs that are in the queue."""
+    return {key for key, number in status.submitted(sweep).values() if key in queue and queue[key].id == number}
 
 
 def main() -> int:
@@ -22,17 +28,17 @@ def main() -> int:
         folder = given.folder if (given.folder / "sweep.json").exists() else status.newest(given.folder)
         sweep = status.load(folder)
         queue = slurm.queue(sweep.store)
-        mine = {key for key, _ in status.submitted(sweep).values()} & queue.keys()
+        slurm.cancel(queue[key].id for key in {slurm.rest(folder)} & queue.keys())  # first, or it submits others
+        mine = _jobs(sweep, queue)
         others = {
             key
             for path in folder.resolve().parent.glob("*/sweep.json")
             if path.parent.resolve() != folder.resolve()
-            for key, _ in status.submitted(status.load(path.parent)).values()
+            for key in _jobs(status.load(path.parent), queue)
         }
         kept = set() if given.all else mine & others
-        rest = {slurm.rest(folder)} & queue.keys()
         shares = {f"{key}-shares" for key in mine - kept} & queue.keys()
-        stopped = sorted(queue[key].id for key in (mine - kept) | rest | shares)
+        stopped = sorted(queue[key].id for key in (mine - kept) | shares)
         slurm.cancel(stopped)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

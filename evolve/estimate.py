@@ -34,6 +34,7 @@ COUNTED = {  # by kind: which of its record's values says how much a stage did
     "likelihood": "questions",
     "score": "answers",
     "compare": "verdicts",
+    "pick": "prompts",
     "pair": "pairs",
     "reference": "pairs",
     "train": "pairs",
@@ -46,6 +47,7 @@ TAKES = {  # by kind: what the names of the inputs begin with that its count fol
     "likelihood": "questions",
     "score": "answers",
     "compare": "answers",
+    "pick": "answers",
     "pair": "answers",
     "reference": "pairs",
     "train": "pairs",
@@ -178,9 +180,11 @@ class _Estimates:
             return found * int(config.strategy.answers)
         if stage.kind == "reinforce":
             return found * int(config.answers)
-        if stage.kind in ("pair", "compare"):
+        if stage.kind in ("pick", "pair", "compare"):
             of: Any = above[0]
-            each = of.config.strategy.answers
+            each = 1 if of.kind == "pick" else of.config.strategy.answers
+            if stage.kind == "pick":
+                return found // int(each)
             if stage.kind == "compare":
                 return found // each * len(config.turns) * len(evals.load(config.benchmark).stand_in(0))
             return found // each * (each * (each - 1) // 2 if config.filter.select == "all" else 1)

@@ -10,6 +10,7 @@ stage fails, nothing stops that could have run. Stages that take seconds and no 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
         members.sort(key=lambda stage: place[stage.id])
         found = wants[end] or small
         minutes = sum((need(stage, resources) or small).minutes if not light(stage) else 0 for stage in members)
-        jobs.append(Job(tuple(members), found.model_copy(update={"minutes": max(minutes, small.minutes)})))
+        most = resources.slurm.max_minutes or math.inf
+        jobs.append(Job(tuple(members), found.model_copy(update={"minutes": min(max(minutes, small.minutes), most)})))
     return jobs
 
 

@@ -163,14 +163,19 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
         show.jobs(slurm.preview(planned))
         return planned
     begin(planned)
-    show.submitted(slurm.submit(planned))
-    if wait:
-        found = status.watch(planned.folder)
+    if planned.new:
+        show.submitted(slurm.submit(planned))
+        if not wait:
+            return planned
+        try:
+            found = status.watch(planned.folder)
+        except KeyboardInterrupt:
+            print("no longer watched; the jobs go on")
+            return planned
         lost = [stage_id for stage_id, state in found.items() if state.state != "done"]
         if lost:
             raise Failed(f"{len(lost)} stages were not made; the lines above say why, and the same command tries again")
-    if all(planned.store.record(stage) is not None for stage in planned.graph.stages.values()):
-        report(planned)
+    report(planned)
     return planned
 
 

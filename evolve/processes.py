@@ -101,6 +101,7 @@ def _follow(starter: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm tells all of a job's processes to go; its starter sees to it
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
     function, arguments, starter = pickle.loads((folder / "call").read_bytes())
     threading.Thread(target=_follow, args=(starter,), daemon=True).start()

@@ -14,10 +14,12 @@ import contextlib
 import io
 import json
 import math
+import os
 import pickle
 import re
 import shlex
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,22 +35,10 @@ from evolve.store import Lease, Stage, Store, digest
 if TYPE_CHECKING:
     from evolve.launch import Planned
 
-# What sbatch says where the site allows no more jobs for now.
-FULL = re.compile(
-    r"MaxSubmitJob|MaxJobs|job submit limit|temporarily unable to accept job|temporarily unavailable|job limit",
-    re.IGNORECASE,
-)
-LIVE = {
-    "PENDING",
-    "RUNNING",
-    "SUSPENDED",
-    "CONFIGURING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "RESIZING",
-    "SIGNALING",
-    "STOPPED",
-}
+# What sbatch says where the site allows no more jobs for now. Its words for any limit speak of job submit limits; where
+# it names the limit, the name counts.
+FULL = re.compile(r"temporarily unable to accept job|temporarily unavailable|job submit limit", re.IGNORECASE)
+LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+")
 TIMEOUTS = 10**6  # of submitit's: how many are too many is said by slurm_job.py, which sees what each achieved
 
 
@@ -87,10 +77,10 @@ def tag(store: Store) -> str:
 def queue(store: Store) -> dict[str, Queued]:
     """The store's jobs that wait or run, by key; of all users. Raises ConfigError where Slurm can't be asked."""
     found = {}
-    for line in _slurm(["squeue", "--noheader", "--all", "--array", "--format=%i|%T|%r|%k"]).splitlines():
-        number, state, reason, comment = line.split("|", 3)
+    for line in _slurm(["squeue", "--noheader", "--all", "--format=%i|%T|%r|%k"]).splitlines():
+        number, state, reason, comment = (*line.split("|", 3), "", "", "")[:4]  # others' comments may hold line ends
         words = comment.split(":")
-        if words[:2] == ["evolve", tag(store)] and state in LIVE:
+        if words[:2] == ["evolve", tag(store)] and len(words) == 3:
             found[words[2]] = Queued(number.split("_")[0], state, reason)  # of an array's jobs, the array's
     return found
 
@@ -148,8 +138,8 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
         "wckey": None,
         "additional_parameters": {
             "requeue": True,
-            "kill-on-invalid-dep": "yes",
-            **{name.replace("_", "-"): value for name, value in {**slurm.options, **need.options}.items()},
+            "kill_on_invalid_dep": "yes",
+            **{name.lstrip("-").replace("-", "_"): it for name, it in {**slurm.options, **need.options}.items()},
         },
     }
 
@@ -157,7 +147,11 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
 @contextlib.contextmanager
 def _turn(store: Store) -> Iterator[None]:
     """One process at a time submits to a store, so that each of two sweeps sees what the other has submitted."""
+    began, said = time.time(), False
     while (lease := Lease.take(store.root / ".submit.lease", store.lease_timeout)) is None:
+        if not said and time.time() - began > 5:
+            said = True
+            print(f"wait    another process submits to {store.root}", file=sys.stderr)
         time.sleep(0.5)
     with lease:
         yield
@@ -175,6 +169,10 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
     assert resources.slurm is not None
     tried = set(again.with_suffix(".tried").read_text().split()) if again else set()
     with _turn(store):
+        # A job that ends may be one that goes back into the queue: which it is will be seen.
+        deadline = time.time() + 60
+        while time.time() < deadline and any(one.state == "COMPLETING" for one in queue(store).values()):
+            time.sleep(1)
         under_way = live(store)
         done = {stage.id for stage in planned.graph.stages.values() if store.record(stage) is not None}
         todo = jobs.group(_reachable(planned.graph.stages.values(), done, under_way, tried), resources)
@@ -194,15 +192,21 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
             try:
                 taken += sizes[job.key]
                 if taken > room:
-                    raise Full
+                    raise Full(f"resources.slurm.max_jobs={resources.slurm.max_jobs}, and {there} are in the queue")
                 made.jobs[job.key] = number = _submit(job, planned, needs)
-            except Full:
+            except Full as full:
+                if not made.jobs and not under_way:
+                    raise ConfigError(f"no room for a single job: {full}") from None
                 made.left = len(todo) - len(made.jobs)
                 break
+            except ConfigError as error:
+                there_ = f"; {len(made.jobs)} jobs were submitted before, and go on" if made.jobs else ""
+                raise ConfigError(f"{error}{there_}") from None
             number_of |= {stage.id: number for stage in job.stages}
             _note(planned, {stage.id: (job.key, number) for stage in job.stages})
         if made.left:
-            _leave(planned, again, todo, made, tried, [number for _, number in under_way.values()])
+            mine = [number for stage, (_, number) in under_way.items() if stage in planned.graph.stages]
+            _leave(planned, again, todo, made, tried, list(dict.fromkeys(mine)))
     return made
 
 
@@ -255,9 +259,14 @@ def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
             share.folder.mkdir(exist_ok=True)
         about = {"comment": f"evolve:{tag(store)}:{job.key}-shares", "dependency": ",".join(waits) or None}
         # Any end will do: what a share has not made, the job makes.
-        waits.append(f"afterany:{_sbatch(shares, where, {**options, **about}, resources)}")
+        array = _sbatch(shares, where, {**options, **about}, resources)
+        waits.append(f"afterany:{array}")
     about = {"comment": f"evolve:{tag(store)}:{job.key}", "dependency": ",".join(waits) or None}
-    return _sbatch([Run(job.stages, setting, where)], where, {**options, **about}, resources)
+    try:
+        return _sbatch([Run(job.stages, setting, where)], where, {**options, **about}, resources)
+    except (Full, ConfigError):
+        cancel([array] if job.shared is not None else [])
+        raise
 
 
 def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], resources: Resources) -> str:
@@ -272,13 +281,27 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's words, which the error holds
+        with contextlib.redirect_stderr(io.StringIO()), _outside():  # sbatch's words, which the error holds
             return str(executor.submit_array(functions)[0].job_id).split("_")[0]
     except FailedJobError as error:
         said = " ".join(str(error).split())
-        if FULL.search(said):
-            raise Full from None
+        limits = LIMIT.findall(said)
+        if any("Submit" in limit for limit in limits) if limits else FULL.search(said):
+            raise Full(said) from None
         raise ConfigError(said) from None
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Without what Slurm told the job that this process may run in: sbatch and srun would take it for options."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("SLURM_", "SUBMITIT_", "SRUN_")) and name != "SLURM_CONF" and "SLURM_JOB_ID" in before:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def rest(sweep: Path) -> str:
@@ -300,12 +323,14 @@ def _leave(
     assert resources.slurm is not None
     where = folder(store, rest(planned.folder))
     where.mkdir(parents=True, exist_ok=True)
-    plan = plan or where / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.pkl"
-    plan.write_bytes(pickle.dumps(planned))
+    if plan is None:
+        plan = where / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.pkl"
+        plan.write_bytes(pickle.dumps(planned))
     small = Job((), resources.slurm.needs["small"])
     while waits := [*before, *made.jobs.values()][-50:]:
         submitted = [stage.id for job in todo if job.key in made.jobs for stage in job.stages]
-        plan.with_suffix(".tried").write_text("\n".join([*tried, *submitted]) + "\n")
+        plan.with_suffix(".new").write_text("\n".join([*tried, *submitted]) + "\n")
+        plan.with_suffix(".new").rename(plan.with_suffix(".tried"))
         options = {
             **parameters(small, resources),
             "job_name": "evolve-rest",
@@ -317,8 +342,9 @@ def _leave(
         except Full:
             if not made.jobs:
                 return
-            _, last = made.jobs.popitem()
-            cancel([last])
+            key, last = made.jobs.popitem()
+            shares = queue(store).get(f"{key}-shares")
+            cancel([last, *([shares.id] if shares else [])])
             made.left += 1
         else:
             return
@@ -335,26 +361,17 @@ def preview(planned: Planned) -> list[str]:
     """What a submission would ask of Slurm: a line for each kind of job there is. Asks Slurm nothing."""
     resources = planned.config.resources
     check(resources)
-    new = [stage for stage in planned.graph.stages.values() if not planned.verdicts[stage.id].reused]
     count: dict[str, int] = {}
-    for job in jobs.group(new, resources):
+    for job in jobs.group(planned.new, resources):
         options = parameters(job, resources)
-        names = {"job_name": "job-name", "cpus_per_task": "cpus-per-task", "gpus_per_node": "gpus-per-node"}
-        plain = (
-            "job_name",
-            "time",
-            "cpus_per_task",
-            "mem",
-            "gpus_per_node",
-            "partition",
-            "account",
-            "qos",
-            "constraint",
-        )
-        given = {names.get(name, name): options[name] for name in plain if options[name] is not None}
-        words = [f"--{name}={value}" for name, value in {**given, **options["additional_parameters"]}.items()]
-        line = f"sbatch {' '.join(words)}".replace("=True", "")
+        ours = ("setup", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters")
+        given = {name: it for name, it in options.items() if name not in ours and it is not None}
+        words = [f"--{name}={it}" for name, it in (given | options["additional_parameters"]).items()]
+        line = f"sbatch {' '.join(words)}".replace("=True", "").replace("_", "-")
         count[line] = count.get(line, 0) + 1
+        if job.shared is not None:
+            array = f"{line} --array=0-{job.need.shards - 1}"
+            count[array] = count.get(array, 0) + 1
     return [f"{number:4d} x {line}" for line, number in count.items()]
 
 

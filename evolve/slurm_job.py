@@ -10,6 +10,7 @@ A job that comes back finds in the store what it finished. `events.jsonl` in its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -95,8 +96,12 @@ class Run:
         store = self.setting.store
         # Slurm takes `afterok` on a job that it has forgotten for fulfilled.
         own = {stage.id for stage in self.stages}
-        for item in (item for stage in self.stages for item in stage.stages if item.id not in own):
-            if store.record(item) is None:
+        for item in {item.id: item for stage in self.stages for item in stage.stages if item.id not in own}.values():
+            for _ in range(10):  # what another machine has just written may take some seconds to be seen
+                if store.record(item) is not None:
+                    break
+                time.sleep(2)
+            else:
                 events.add("lost", stage=self._next(), message=f"needs {item.id}, which is not there")
                 raise RuntimeError(f"{item.id}: not there; the sweep's command makes it")
         todo = [stage for stage in self.stages if store.record(stage) is None]
@@ -110,6 +115,7 @@ class Run:
                 time.sleep(2)  # it may have been this job's end that its worker heard of first
                 raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
         except launch.Busy as held:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.pool.close()
             events.add("back", message=f"{held} is being made by another process")
             requeue()
@@ -119,6 +125,7 @@ class Run:
             events.add("back", message="told to go: preemption or cancellation")
             time.sleep(GRACE)  # to end by itself now would be a failure, and what needs this job would be cancelled
             sys.exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done
         events.add("end")
 
     def checkpoint(self) -> Any:
@@ -147,18 +154,20 @@ class Run:
 
     def _stuck(self) -> bool:
         """Whether nothing was finished or kept since the job was last told to go, several times in a row."""
-        store = self.setting.store
+        store, job = self.setting.store, os.environ.get("SLURM_JOB_ID", "")
         kept = []
         for stage in self.stages:
-            files = sorted(store.partial(stage.id).rglob("*"))
-            kept.append(
-                [str(store.record(stage) is not None), *(f"{file} {file.stat().st_mtime_ns}" for file in files)]
-            )
+            files = []
+            for file in sorted(store.partial(stage.id).rglob("*")):
+                with contextlib.suppress(FileNotFoundError):
+                    files.append(f"{file} {file.stat().st_mtime_ns}")
+            replies = sum(1 for _ in store.judgments.rglob("*")) if stage.kind == "compare" else 0
+            kept.append([str(store.record(stage) is not None), str(replies), *files])
         path = self.folder / "requeues.json"
-        seen: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"kept": None, "times": 0}
-        times = seen["times"] + 1 if seen["kept"] == kept else 1
-        path.write_text(json.dumps({"kept": kept, "times": times}))
-        return times >= PATIENCE
+        seen: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
+        path.write_text(json.dumps({"kept": kept, "job": job, "times": times}))
+        return bool(times >= PATIENCE)
 
 
 @dataclass
@@ -170,9 +179,6 @@ class Rest:
     def __call__(self) -> None:
         from evolve import slurm
 
-        for name in list(os.environ):  # of this job: the jobs it submits have their own
-            if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_", "SRUN_")) and name != "SLURM_CONF":
-                del os.environ[name]
         made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
         print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
 
@@ -185,6 +191,7 @@ class Rest:
 def requeue() -> None:
     """Back into the queue; Slurm ends this process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
-    time.sleep(30)
+    while subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]).returncode:
+        time.sleep(5)  # the controller is away
+    time.sleep(GRACE)
     sys.exit(1)

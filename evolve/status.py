@@ -29,10 +29,12 @@ STYLE = {
     "done": "green",
 }
 INSIDE = "its job runs"
+ROOM = "for room in the queue, when the others have ended"
 WHY = {
     "Dependency": "for the results of other jobs",
     "": "to be looked at",
     "BeginTime": "back in the queue, for two minutes",
+    **dict.fromkeys(("PartitionTimeLimit", "JobHeldUser", "JobHeldAdmin"), "will not start by themselves: see squeue"),
 }
 
 
@@ -90,7 +92,12 @@ def states(sweep: Sweep) -> dict[str, State]:
     jobs = submitted(sweep)
     done = {stage for stage in sweep.needs if (sweep.store.folder(stage) / RECORD).exists()}
     open_ = {key for stage, (key, _) in jobs.items() if stage not in done}
-    queue = slurm.queue(sweep.store) if open_ else {}
+    rest = slurm.rest(sweep.folder)
+    queue = (
+        slurm.queue(sweep.store)
+        if open_ or (slurm.folder(sweep.store, rest).exists() and len(done) < len(sweep.needs))
+        else {}
+    )
     told = {key: _events(slurm.folder(sweep.store, key)) for key in open_}
     found: dict[str, State] = {}
     for stage in sweep.needs:
@@ -118,7 +125,9 @@ def states(sweep: Sweep) -> dict[str, State]:
                 found[stage] = State("waiting", live.id, shown, why if live.state == "PENDING" else INSIDE)
         elif lease.exists() and not Lease.is_stale(lease, sweep.store.lease_timeout):
             found[stage] = State("running", None, shown)
-        elif message := events.get("failed", {}).get(stage):
+        elif rest in queue and (number is None or events.get("job") != number):
+            found[stage] = State("waiting", queue[rest].id, None, ROOM)
+        elif events.get("job") == number and (message := events.get("failed", {}).get(stage)):
             found[stage] = State("failed", number, shown, message)
         elif lost := [
             need
@@ -128,24 +137,32 @@ def states(sweep: Sweep) -> dict[str, State]:
             found[stage] = State("blocked", number, None, f"needs {lost[0]}")
         elif number is None:
             found[stage] = State("missing", None, shown)
-        else:
+        elif events.get("job") == number:
             found[stage] = State("missing", number, shown, "its job ended without a word: cancelled, or killed")
+        else:
+            said = sorted(slurm.folder(sweep.store, key).glob(f"{number}_*log.out"))
+            why = "its job ended before it began: cancelled, or Python did not start there; do nodes share this disk?"
+            found[stage] = State("missing", number, str(said[-1]) if said else None, why)
     return found
 
 
 def _events(folder: Path) -> dict[str, Any]:
     """What a job's last run said: which stage it is at, and which failed."""
-    now, failed = None, dict[str, str]()
+    now, job, failed = None, None, dict[str, str]()
     path = folder / "events.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # being written
+            continue
+        job = event["job"]
         if event["event"] == "start":
             now, failed = None, {}
         elif event["event"] == "stage":
             now = event["stage"]
-        elif event["event"] == "failed":
+        elif event["event"] in ("failed", "lost"):
             failed[event["stage"]] = event["message"]
-    return {"now": now, "failed": failed}
+    return {"now": now, "failed": failed, "job": job}
 
 
 def _progress(folder: Path, stage: str) -> str:
@@ -193,7 +210,7 @@ def show(sweep: Sweep, found: Mapping[str, State], most: int = 20) -> None:
 def watch(folder: Path, every: float = 5.0) -> dict[str, State]:
     """Shows a sweep until nothing of it waits or runs. Returns how it ended."""
     out = console()
-    last = None
+    last, quiet = None, 0
     began = time.time()
     while True:
         sweep = load(folder)
@@ -207,7 +224,8 @@ def watch(folder: Path, every: float = 5.0) -> dict[str, State]:
             else:
                 counts = ", ".join(f"{count[state]} {state}" for state in reversed(ORDER) if count[state])
                 out.print(f"{time.strftime('%H:%M:%S')} {counts}")
-        if not count["running"] and not count["waiting"]:
+        quiet = 0 if count["running"] or count["waiting"] else quiet + 1
+        if quiet == 2:  # a record that has just been written may take a moment to be seen
             if not out.is_terminal:
                 show(sweep, found)
             out.print(f"ended   after {duration(time.time() - began)} of watching")

@@ -91,10 +91,10 @@ def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
 
 
 def _run(stage: Stage, inputs: Mapping[str, Path], folder: Path, setting: Setting, progress: Any) -> Report:
-    from evolve import ranks
+    from evolve import jobs, ranks
     from evolve.stages import Context, module
 
-    device = _device(setting.resources.device)
+    device = _device(setting.resources.device) if jobs.gpus(stage) else "cpu"
     store = setting.store
     context = Context(device, progress, store.partial(stage.id), store.judgments, setting.share)
     if (processes := getattr(stage.config, "ranks", 1)) > 1:
@@ -285,6 +285,7 @@ class Workers:
 
 def _serve(pipe: Connection, setting: Setting) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm tells all of a job's processes to go; the parent sees to it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that lease and folder are given back
     parent = multiprocessing.parent_process()
 

@@ -221,3 +221,12 @@ def test_the_makespan_on_numbers_of_gpus_needs_no_slurm(out, rates, capsys):
     launch.submit([load(*member)], [member], wait=False)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time "))
     assert " on 1 GPUs (" in line and " on 8 GPUs (" in line and "; never under " in line
+
+
+def test_every_kind_of_stage_says_what_it_is_counted_by():
+    from evolve.estimate import COUNTED, TAKES
+    from evolve.stages import KINDS, LIGHT
+
+    assert set(KINDS) == set(COUNTED) | {"evaluate", "overlap"}
+    assert set(COUNTED) == set(TAKES) | {"data", "questions"}
+    assert set(LIGHT) <= set(KINDS)

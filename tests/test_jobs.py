@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve import jobs
-from evolve.config import Need, Resources, Section, Slurm
+from evolve.config import CONF, Need, Resources, Section, Slurm
 from evolve.stages import KINDS
 from evolve.store import Source, Stage
 
@@ -20,18 +21,11 @@ class Settings(Section):
 
 
 def resources(**needs: Need) -> Resources:
-    slurm = Slurm(
-        partition=None,
-        account=None,
-        qos=None,
-        constraint=None,
-        options={},
-        setup=(),
-        python=None,
-        signal_seconds=60,
-        max_jobs=None,
-        needs=needs,
-    )
+    return site({name: need.model_dump(exclude_unset=True) for name, need in needs.items()})
+
+
+def site(needs, **settings) -> Resources:
+    slurm = Slurm(needs=needs, **settings)
     return Resources(workers=1, threads=1, device="auto", retries=0, lease_timeout=60, slurm=slurm)
 
 
@@ -160,3 +154,40 @@ def test_gpus_are_those_that_a_stage_uses_where_there_are_some(device, gpus):
     asked = resources().model_copy(update={"device": device})
     [job] = jobs.group([stage("train", gpus=2)], asked)
     assert job.need.gpus == gpus
+
+
+def test_a_kind_has_what_default_has_but_for_what_it_says():
+    needs = site({"default": {"partition": "a100", "memory": "120G"}, "train": {"minutes": 1440}}).slurm.needs
+    assert needs["train"].model_dump() == {**needs["default"].model_dump(), "minutes": 1440}
+    assert needs["small"].partition is None and needs["small"].memory == "4G"
+
+
+def test_a_site_file_of_one_line_is_enough():
+    assert Slurm(partition="a100").model_dump() == {**Slurm().model_dump(), "partition": "a100"}
+
+
+def test_the_resources_file_says_what_the_defaults_are():
+    written = yaml.safe_load((CONF / "resources" / "slurm.yaml").read_text())
+    assert Slurm(**written["slurm"]) == Slurm()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"options": {"mem": "5G"}}, "options.mem"),
+        ({"options": {"--dependency": "x"}}, "options.dependency"),
+        ({"max_jobs": 4, "needs": {"respond": {"shards": 4}}}, "max_jobs"),
+        ({"needs": {"trian": {}}}, "no kind of stage"),
+    ],
+    ids=["memory", "dependency", "shards", "kind"],
+)
+def test_what_cannot_be_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Slurm(**settings)
+
+
+def test_no_job_asks_for_longer_than_the_site_allows():
+    answers = stage("respond")
+    asked = site({"default": {"minutes": 1000}}, max_minutes=1440)
+    [job] = jobs.group([answers, stage("score", answers)], asked)
+    assert job.need.minutes == 1440

@@ -28,8 +28,8 @@ class Need(Section):
 
     shards: Positive = 1
     gpus: Count | None = None
-    cpus: Positive = 4
-    memory: str = "16G"
+    cpus: Positive = 8
+    memory: str = "64G"
     minutes: Positive = 240
     partition: str | None = None
     options: dict[str, Option] = Field(default_factory=dict)
@@ -50,55 +50,65 @@ class Node(Section):
 class Slurm(Section):
     """How a site wants its jobs, and what each kind of stage gets.
 
-    needs: by kind of stage; `default` for kinds that aren't named, `small` for those that take seconds. options, of a
-    need too: of sbatch, by their long names without dashes.
+    needs: by kind of stage, each with what it has otherwise than `default`; `small`: of jobs of nothing but stages of
+    seconds. options, of a need too: of sbatch, by their long names.
     """
 
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    options: dict[str, Option]
-    setup: tuple[str, ...]
-    python: str | None
-    signal_seconds: Annotated[int, Field(ge=10)]
-    max_jobs: Annotated[int, Field(ge=2)] | None  # one of them may be the job that submits the rest
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    options: dict[str, Option] = Field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    python: str | None = None
+    signal_seconds: Annotated[int, Field(ge=10)] = 120
+    max_minutes: Positive | None = None
+    max_jobs: Annotated[int, Field(ge=2)] | None = None  # one of them may be the job that submits the rest
     simulate: tuple[Positive, ...] | None = None
     node: Node = Node()
     startup_seconds: Weight = 5.0
-    needs: dict[str, Need]
+    needs: dict[str, Need] = Field(default_factory=dict, validate_default=True)
 
-    @field_validator("needs")
+    @field_validator("needs", mode="before")
     @classmethod
-    def _are_kinds(cls, needs: dict[str, Need]) -> dict[str, Need]:
+    def _inherit(cls, needs: Any) -> Any:
         from evolve.stages import KINDS
 
+        if not isinstance(needs, dict):
+            return needs
         for name in needs:
             if name not in (*KINDS, "default", "small"):
                 raise ValueError(f"{HERE}.{name}: no kind of stage; those are {', '.join(KINDS)}, default, small")
-        return {"default": Need(), "small": Need(gpus=0, cpus=1, memory="4G", minutes=60), **needs}
+        needs = {
+            name: need.model_dump() if isinstance(need, Need) else dict(need or {}) for name, need in needs.items()
+        }
+        default, small = needs.pop("default", {}), {**SMALL, **needs.pop("small", {})}
+        return {"default": default, "small": small, **{name: {**default, **need} for name, need in needs.items()}}
 
     @model_validator(mode="after")
     def _options_are_no_others(self) -> Slurm:
-        ours = {
-            "array",
-            "comment",
-            "dependency",
-            "job-name",
-            "output",
-            "error",
-            "requeue",
-            "no-requeue",
-            "signal",
-            "nodes",
-        }
         for where, options in [
             ("", self.options),
             *((f".needs.{name}", need.options) for name, need in self.needs.items()),
         ]:
-            for name in sorted(ours & {name.replace("_", "-").lstrip("-") for name in options}):
-                raise ValueError(f"{HERE}{where}.options.{name}: is set for each job by the launcher; leave it out")
+            for name in sorted(OURS & {name.replace("_", "-").lstrip("-") for name in options}):
+                raise ValueError(
+                    f"{HERE}{where}.options.{name}: has a setting of its own or is the launcher's; leave it out"
+                )
+        for name, need in self.needs.items():
+            if self.max_jobs is not None and need.shards >= self.max_jobs:
+                raise ValueError(
+                    f"{HERE}.needs.{name}.shards={need.shards}: with the job that follows more than {HERE}.max_jobs="
+                    f"{self.max_jobs}"
+                )
         return self
+
+
+SMALL = {"gpus": 0, "cpus": 1, "memory": "4G", "minutes": 60}
+OURS = {
+    *("array", "comment", "dependency", "job-name", "output", "error", "requeue", "no-requeue", "signal", "nodes"),
+    *("time", "mem", "cpus-per-task", "partition", "account", "qos", "constraint"),
+}
 
 
 class Assumed(Section):

@@ -51,7 +51,7 @@ KINDS = (
     "overlap",
 )
 SHARED = ("respond", "likelihood", "score")  # their rows can be made by several jobs at once (parts.py)
-LIGHT = ("data", "questions", "pair", "evaluate", "overlap")  # they take seconds, and no GPU
+LIGHT = ("data", "questions", "pick", "pair", "evaluate", "overlap")  # they take seconds, and no GPU
 
 
 @dataclass(frozen=True)
