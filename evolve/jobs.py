@@ -91,6 +91,8 @@ def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
             continue
         [end] = ends
         mine, theirs = wants[stage.id], wants[end]
+        if mine is None and theirs is not None and theirs.shards > 1:
+            continue  # its rows are to be there before the array that shares the work begins
         if mine is None or theirs is None or _alike(mine, theirs):
             of[stage.id] = end
             held[end].append(stage)
@@ -110,12 +112,15 @@ def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
         found = wants[end] or small
         minutes = sum((need(stage, resources) or small).minutes if not light(stage) else 0 for stage in members)
         most = resources.slurm.max_minutes or math.inf
-        jobs.append(Job(tuple(members), found.model_copy(update={"minutes": min(max(minutes, small.minutes), most)})))
+        shards = next((asked.shards for stage in members if (asked := need(stage, resources))), 1)
+        own = {"minutes": min(max(minutes, small.minutes), most), "shards": shards}
+        jobs.append(Job(tuple(members), found.model_copy(update=own)))
     return jobs
 
 
 def _alike(one: Need, other: Need) -> bool:
-    return one.model_copy(update={"minutes": 1}) == other.model_copy(update={"minutes": 1})
+    own = {"minutes": 1, "shards": 1}
+    return one.model_copy(update=own) == other.model_copy(update=own)
 
 
 def after(jobs: Collection[Job]) -> dict[str, set[str]]:

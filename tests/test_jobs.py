@@ -88,7 +88,7 @@ def test_a_job_that_others_wait_for_is_needed_whole(graph):
 def test_stages_of_a_job_want_the_same(graph):
     for job in jobs.group(graph, resources(train=Need(gpus=8, memory="400G"))):
         wants = {
-            want.model_copy(update={"minutes": 1}).model_dump_json()
+            want.model_copy(update={"minutes": 1, "shards": 1}).model_dump_json()
             for item in job.stages
             if (want := jobs.need(item, resources(train=Need(gpus=8, memory="400G"))))
         }
@@ -191,3 +191,14 @@ def test_no_job_asks_for_longer_than_the_site_allows():
     asked = site({"default": {"minutes": 1000}}, max_minutes=1440)
     [job] = jobs.group([answers, stage("score", answers)], asked)
     assert job.need.minutes == 1440
+
+
+def test_an_array_shares_the_first_stage_whose_inputs_are_there():
+    rows = stage("data")
+    answers = stage("respond", rows)
+    scores = stage("score", answers)
+    made = jobs.group([rows, answers, scores], site({"respond": {"shards": 4}}))
+    assert kinds(made) == [["data"], ["respond", "score"]]
+    assert made[1].shared is answers and made[1].need.shards == 4
+    [job] = jobs.group([answers, scores], site({"score": {"shards": 4}}))
+    assert job.shared is None

@@ -201,6 +201,21 @@ def test_more_jobs_than_the_site_takes(make_cluster, tmp_path, accounting):
         slurm.check()
 
 
+def test_an_array_of_jobs_makes_a_stages_rows(sweep):
+    """Each of two makes half of the answers; the job that follows finds them, and makes none again."""
+    shards = {"+resources.slurm.needs.respond.shards": 2}
+    slurm = sweep("loss=none", "loss.pt=none", "loss.sft_direct=0", *SMALL, "data.eval_prompts=32", **shards)
+    slurm.submit()
+    slurm.wait()
+    slurm.check()
+    shares = [
+        slurm.events(f"{path.parent.parent.name}/{path.parent.name}")
+        for path in slurm.output.glob("jobs/*/[01]/events.jsonl")
+    ]
+    assert len(shares) == 2
+    assert all([event["event"] for event in events] == ["start", "stage", "done", "end"] for events in shares)
+
+
 def test_two_sweeps_at_once_make_what_they_share_once(sweep, cluster):
     one = sweep("-m", "loss=sft", *SMALL)
     two = sweep("-m", "loss=both", *SMALL)
