@@ -162,6 +162,7 @@ def verdicts(found):
 
 
 def test_every_ask_gets_its_verdict_once_and_all_are_kept(server, tmp_path):
+    server.trouble = lambda body, n: time.sleep(0.1)  # so that requests meet
     found = judged(server, tmp_path, price=PRICE)
     assert verdicts(found) == HEALTHY and set(HEALTHY.values()) == {True, False}
     assert len(server.bodies) == len(ASKS) and 1 < server.most <= 8
