@@ -362,7 +362,7 @@ def _sync(path: Path) -> None:
 class Lease:
     """A file that says who builds a stage; held while its process lives and touches it.
 
-    Relies on: link(2) failing if the name exists, rename(2) being atomic, and mtime set by the file server
+    Relies on: link(2) failing if the name exists, and mtime set by the file server
     (docs/design.md, "On a shared file system").
     """
 
@@ -390,18 +390,29 @@ class Lease:
                         continue
                     if not cls._is_stale(judged, path, timeout):
                         return None
-                    aside = path.parent / f".tmp-lease-{uuid.uuid4().hex}"
-                    try:
-                        path.rename(aside)
-                    except FileNotFoundError:
-                        continue
-                    if cls._content(aside) != judged:  # somebody else has it since: give it back
-                        with contextlib.suppress(FileExistsError):
-                            os.link(aside, path)
-                    aside.unlink(missing_ok=True)
+                    cls._clear(path, judged, mine, timeout)
             return None
         finally:
             mine.unlink(missing_ok=True)
+
+    @classmethod
+    def _clear(cls, path: Path, dead: bytes, mine: Path, timeout: float) -> None:
+        """Removes a dead lease, if nobody else does or has: one process at a time, and only what it was judged by.
+
+        Without that, of two that see a dead lease the later one would remove what the earlier one has taken since.
+        """
+        clearing = path.parent / f".tmp-lease-of{path.name}"
+        try:
+            os.link(mine, clearing)
+        except FileExistsError:
+            if cls.is_stale(clearing, timeout):  # whoever cleared it was killed
+                clearing.unlink(missing_ok=True)
+            return
+        try:
+            if cls._content(path) == dead:
+                path.unlink(missing_ok=True)
+        finally:
+            clearing.unlink(missing_ok=True)
 
     @staticmethod
     def _content(path: Path) -> bytes | None:

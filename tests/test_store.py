@@ -16,7 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve.config import RUNTIME, ConfigError, Section
-from evolve.store import RECORD, Corrupt, Lease, Report, Source, Stage, Store, canonical, digest, flatten, settings
+from evolve.store import (
+    RECORD,
+    Corrupt,
+    Lease,
+    Report,
+    Source,
+    Stage,
+    Store,
+    canonical,
+    digest,
+    ended,
+    flatten,
+    settings,
+    this_process,
+)
 
 
 class Inner(Section):
@@ -453,7 +467,10 @@ def test_eight_processes_hold_one_lease_one_at_a_time(tmp_path, left):
 
 
 def build_all(root, log, seed):
-    """Every stage, in an order of its own. A lock that ends with its process shows whether two hold one lease."""
+    """Every stage, in an order of its own. A lock that ends with its process shows whether two hold one lease.
+
+    A killed process is dead, and its lease with it, a moment before its last thread has let go of the lock.
+    """
     store, draw = Store(root), random.Random(seed)
     todo = [stage(size=size) for size in range(STAGES)]
     while todo := [node for node in todo if store.record(node) is None]:
@@ -462,10 +479,15 @@ def build_all(root, log, seed):
             if lease is None:
                 continue
             with lease, (log / f"{node.config.size}.lock").open("w") as lock:
+                owner = log / f"{node.config.size}.owner"
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    written = owner.with_suffix(f".{os.getpid()}")
+                    written.write_text(json.dumps(this_process()))
+                    written.rename(owner)
                 except BlockingIOError:
-                    (log / f"{node.config.size}.clash").touch()
+                    if not ended(json.loads(owner.read_text())):
+                        (log / f"{node.config.size}.clash").touch()
                 if store.record(node) is None:
                     time.sleep(0.1)  # so that kills meet a build
                     commit(store, node, report=Report(values={"who": seed}))
