@@ -11,9 +11,9 @@ from evolve import slurm, status
 from evolve.config import ConfigError
 
 
-def _jobs(sweep: status.Sweep, queue: Mapping[str, slurm.Queued]) -> set[str]:
-    """The keys of the sweep's jobs that are in the queue."""
-    return {key for key, number in status.submitted(sweep).values() if key in queue and queue[key].id == number}
+def _jobs(folder: Path, queue: Mapping[str, slurm.Queued]) -> set[str]:
+    """The keys of a sweep's jobs that are in the queue."""
+    return {key for key, number in status.submitted(folder).values() if key in queue and queue[key].id == number}
 
 
 def main() -> int:
@@ -29,12 +29,12 @@ def main() -> int:
         sweep = status.load(folder)
         queue = slurm.queue(sweep.store)
         slurm.cancel(queue[key].id for key in {slurm.rest(folder)} & queue.keys())  # first, or it submits others
-        mine = _jobs(sweep, queue)
+        mine = _jobs(folder, queue)
         others = {
             key
             for path in folder.resolve().parent.glob("*/sweep.json")
             if path.parent.resolve() != folder.resolve()
-            for key in _jobs(status.load(path.parent), queue)
+            for key in _jobs(path.parent, queue)
         }
         kept = set() if given.all else mine & others
         shares = {f"{key}-shares" for key in mine - kept} & queue.keys()

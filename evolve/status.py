@@ -65,7 +65,9 @@ def load(folder: Path) -> Sweep:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder}: no sweep there; it is the folder that the sweep's command named") from None
     store = Store((folder / content["store"]).resolve(), content.get("lease_timeout", 60.0))
-    return Sweep(folder, store, content["members"], content["needs"])
+    members = content["members"]
+    alone: dict[str, list[str]] = {step["id"]: [] for member in members for step in member["steps"]}
+    return Sweep(folder, store, members, content.get("needs", alone))  # older sweeps don't say what needs what
 
 
 def newest(output: Path) -> Path:
@@ -76,9 +78,9 @@ def newest(output: Path) -> Path:
     return found[-1].parent
 
 
-def submitted(sweep: Sweep) -> dict[str, tuple[str, str]]:
-    """(job's key, Slurm's id) by stage, of the last job that was to make it."""
-    path, found = sweep.folder / "jobs.jsonl", dict[str, tuple[str, str]]()
+def submitted(folder: Path) -> dict[str, tuple[str, str]]:
+    """(job's key, Slurm's id) by stage of a sweep, of the last job that was to make it."""
+    path, found = folder / "jobs.jsonl", dict[str, tuple[str, str]]()
     for line in path.read_text().splitlines() if path.exists() else ():
         note = json.loads(line)
         found |= {stage: (key, number) for stage, (key, number) in note["stages"].items()}
@@ -89,7 +91,7 @@ def states(sweep: Sweep) -> dict[str, State]:
     """Of each stage, by id. Raises ConfigError where Slurm can't be asked."""
     from evolve import slurm
 
-    jobs = submitted(sweep)
+    jobs = submitted(sweep.folder)
     done = {stage for stage in sweep.needs if (sweep.store.folder(stage) / RECORD).exists()}
     open_ = {key for stage, (key, _) in jobs.items() if stage not in done}
     rest = slurm.rest(sweep.folder)
