@@ -1,5 +1,6 @@
 """A stage in several processes: gloo on the CPU, the same code that NCCL runs on GPUs."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -128,10 +129,11 @@ def test_a_process_that_is_killed_is_not_mistaken_for_the_one_that_complains(inp
     endless = stage("activate", {}, **{**endless.config.model_dump(), "epochs": 100000})
 
     def kill_one(done, total):
-        family = psutil.Process().children(recursive=True)
-        workers = [
-            process for process in family if "evolve.processes" in process.cmdline() and "-u" in process.cmdline()
-        ]
+        workers = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if {"evolve.processes", "-u"} <= set(process.cmdline()):
+                    workers.append(process)
         if workers:
             workers[-1].kill()
 
