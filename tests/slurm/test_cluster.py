@@ -99,6 +99,7 @@ def test_a_controller_that_dies_keeps_its_jobs(cluster, tmp_path):
     for number in ending, running:
         comes_to(cluster, number, "RUNNING")
     known, written = time.time(), cluster.folder / "state" / "job_state"
+    cluster.run("scontrol", "update", f"JobId={held}", "Comment=something to be written")
     cluster.wait_until(lambda: written.exists() and written.stat().st_mtime > known, 30)
     cluster.kill_controller()
     (tmp_path / "end").touch()
