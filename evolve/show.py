@@ -111,7 +111,7 @@ class Show:
                 limit = "at most " if any(one.most for one in found) else "about "
                 tokens.append(f"{limit}{short(sum(one.tokens[name] for one in found))} tokens {name}")
         if all(one.seconds is None for one in expected):
-            hours = ["of unknown length: there is no earlier record, and no resources.rates"]
+            hours = ["unknown hours (no earlier record, and no resources.rates)"]
         else:
             hours = [f"{short(outlook.gpu_hours)} GPU-hours"] if outlook.gpu_hours else []
             hours += [f"{short(outlook.cpu_hours)} CPU-hours"]

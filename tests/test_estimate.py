@@ -211,7 +211,7 @@ def test_a_plan_that_nothing_is_known_of_says_so(tmp_path, capsys):
     member = [*SMALL, f"output={tmp_path}", "dry_run=true"]
     launch.sweep([load(*member)], [member])
     said = capsys.readouterr().out
-    assert "of unknown length: there is no earlier record, and no resources.rates" in said
+    assert "unknown hours (no earlier record, and no resources.rates)" in said
     assert f"at most {8 * 4 * 12 + 3 * 8 * 2 * 12} tokens generated" in said and "time " not in said.split("stages:")[0]
 
 
