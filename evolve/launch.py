@@ -133,8 +133,7 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
         pool = Inline(setting) if inline else Workers(setting)
         try:
             with show:
-                new = [stage for stage in planned.graph.stages.values() if not planned.verdicts[stage.id].reused]
-                outcomes = run(new, planned.store, pool, show, retries=planned.config.resources.retries)
+                outcomes = run(planned.new, planned.store, pool, show, retries=planned.config.resources.retries)
         finally:
             pool.close()
     if not inline:

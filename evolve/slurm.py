@@ -103,10 +103,10 @@ def _slurm(command: Sequence[str]) -> str:
         time.sleep(2)
 
 
-def live(store: Store) -> dict[str, tuple[str, str]]:
-    """(key, Slurm's id) of the jobs that make stages now or will, by stage."""
+def live(store: Store, there: Mapping[str, Queued]) -> dict[str, tuple[str, str]]:
+    """(key, Slurm's id) of the jobs in the queue that make stages now or will, by stage."""
     found: dict[str, tuple[str, str]] = {}
-    for key, queued in queue(store).items():
+    for key, queued in there.items():
         try:
             stages = json.loads((folder(store, key) / "stages.json").read_text())["stages"]
         except FileNotFoundError:  # the job that submits what is left
@@ -170,20 +170,22 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
     tried = set(again.with_suffix(".tried").read_text().split()) if again else set()
     with _turn(store):
         # A job that ends may be one that goes back into the queue: which it is will be seen.
-        deadline = time.time() + 60
-        while time.time() < deadline and any(one.state == "COMPLETING" for one in queue(store).values()):
+        deadline, there = time.time() + 60, queue(store)
+        while time.time() < deadline and any(one.state == "COMPLETING" for one in there.values()):
             time.sleep(1)
-        under_way = live(store)
+            there = queue(store)
+        under_way = live(store, there)
         done = {stage.id for stage in planned.graph.stages.values() if store.record(stage) is not None}
         todo = jobs.group(_reachable(planned.graph.stages.values(), done, under_way, tried), resources)
-        if again is None:
-            cancel(queued.id for key, queued in queue(store).items() if key == rest(planned.folder))
+        later = there.pop(
+            rest(planned.folder), None
+        )  # what submits the rest: this very job, or one of an earlier command
+        if later and again is None:
+            cancel([later.id])
         made = Submission(attached=sum(stage in under_way for stage in planned.graph.stages))
         _note(planned, {stage: job for stage, job in under_way.items() if stage in planned.graph.stages})
-        own = {rest(planned.folder)} if again else set()  # the job that this runs in
-        there = len(queue(store).keys() - own)
         sizes = {job.key: 1 if job.shared is None else 1 + job.need.shards for job in todo}
-        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - there
+        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - len(there)
         room -= sum(sizes.values()) > room  # for the job that submits the rest
         number_of = {stage: number for stage, (_, number) in under_way.items()}
         taken = 0
@@ -192,7 +194,9 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
             try:
                 taken += sizes[job.key]
                 if taken > room:
-                    raise Full(f"resources.slurm.max_jobs={resources.slurm.max_jobs}, and {there} are in the queue")
+                    raise Full(
+                        f"resources.slurm.max_jobs={resources.slurm.max_jobs}, and {len(there)} are in the queue"
+                    )
                 made.jobs[job.key] = number = _submit(job, planned, needs)
             except Full as full:
                 if not made.jobs and not under_way:
@@ -200,8 +204,8 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
                 made.left = len(todo) - len(made.jobs)
                 break
             except ConfigError as error:
-                there_ = f"; {len(made.jobs)} jobs were submitted before, and go on" if made.jobs else ""
-                raise ConfigError(f"{error}{there_}") from None
+                before = f"; {len(made.jobs)} jobs were submitted before, and go on" if made.jobs else ""
+                raise ConfigError(f"{error}{before}") from None
             number_of |= {stage.id: number for stage in job.stages}
             _note(planned, {stage.id: (job.key, number) for stage in job.stages})
         if made.left:
@@ -366,8 +370,11 @@ def preview(planned: Planned) -> list[str]:
         options = parameters(job, resources)
         ours = ("setup", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters")
         given = {name: it for name, it in options.items() if name not in ours and it is not None}
-        words = [f"--{name}={it}" for name, it in (given | options["additional_parameters"]).items()]
-        line = f"sbatch {' '.join(words)}".replace("=True", "").replace("_", "-")
+        words = [
+            f"--{name.replace('_', '-')}" + ("" if it is True else f"={it}")
+            for name, it in (given | options["additional_parameters"]).items()
+        ]
+        line = f"sbatch {' '.join(words)}"
         count[line] = count.get(line, 0) + 1
         if job.shared is not None:
             array = f"{line} --array=0-{job.need.shards - 1}"

@@ -189,8 +189,7 @@ class Rest:
 
 
 def requeue() -> None:
-    """Back into the queue; Slurm ends this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Back into the queue; Slurm ends this process, which ignores SIGTERM by now, as scontrol then does."""
     while subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]).returncode:
         time.sleep(5)  # the controller is away
     time.sleep(GRACE)
