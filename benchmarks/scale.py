@@ -7,10 +7,13 @@ one small file. Then, each in a process of its own:
     plan_against  the same members, a part of which is in the large store
     list          python -m evolve.store list (it counts the litter too)
     litter        what `prune` would remove, alone
+    status        python -m evolve.status of a sweep of 10,000 stages that 2,500 jobs make, half of which are done;
+                  where no Slurm can be asked
     overhead      the local launcher: 200 stages that take some milliseconds each; a stage's share of the wall time on
                   one warm worker, less its own seconds as the record has them
 
     --records N   in the large store (100000)
+    --status      that alone; the other results stay as they are
 
 Printed, and kept in benchmarks/results/scale.json: wall and CPU (user + system) seconds, the peak of resident memory
 in MiB, and how many members, stages, records there were.
@@ -75,7 +78,12 @@ def fill(output: Path, records: int) -> None:
             built.mkdir(parents=True)
             (built / "rows.jsonl").write_text('{"prompt": "one"}\n')
             made.folder(stage.id).parent.mkdir(parents=True, exist_ok=True)
-            made.commit(stage, built, Report(values={"rows": 1}), {**where, "started": "2025-01-01T00:00:00Z"})
+            made.commit(
+                stage,
+                built,
+                Report(values={stage.config.COUNTED or "rows": 1}),
+                {**where, "started": "2025-01-01T00:00:00Z"},
+            )
     finally:
         store._sync = sync
 
@@ -102,6 +110,37 @@ def planned(output: Path) -> dict[str, Any]:
     words = printed.splitlines()[0].split()  # plan 12008 stages for 1000 members (...): 0 reused, 12008 new...
     reused = next(words[place - 1] for place, word in enumerate(words) if word == "reused,")
     return {**cost, "members": int(words[4]), "stages": int(words[1]), "reused": int(reused)}
+
+
+def status(output: Path, members: int = 500, steps: int = 20, each: int = 4) -> dict[str, Any]:
+    """A sweep of `members` with `steps` stages of their own, `each` of which are a job."""
+    fill(output, members * steps // 2)
+    done = list(Store(output / "store").ids())
+    ids = [*done, *(f"train/{number:016x}" for number in range(members * steps - len(done)))]
+    folder = output / "sweeps" / "large"
+    folder.mkdir(parents=True)
+    described = [
+        {
+            "name": f"seed={member}",
+            "steps": [{"phase": f"phase {n % 4}", "id": ids[member * steps + n]} for n in range(steps)],
+        }
+        for member in range(members)
+    ]
+    content = {"store": "../../store", "needs": {stage: [] for stage in ids}, "members": described}
+    (folder / "sweep.json").write_text(json.dumps(content))
+    with (folder / "jobs.jsonl").open("w") as notes:
+        for number in range(0, len(ids), each):
+            made, job = ids[number : number + each], output / "jobs" / f"{number:016x}"
+            notes.write(json.dumps({"stages": {stage: [job.name, str(number)] for stage in made}}) + "\n")
+            job.mkdir(parents=True)
+            about = {"time": 1.0, "job": str(number), "restarts": 0}
+            events = [{**about, "event": "start"}]
+            for stage in made if number < len(done) else ():
+                events += [{**about, "event": what, "stage": stage, "seconds": 1.0} for what in ("stage", "done")]
+            (job / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    cost, printed = measured("-m", "evolve.status", str(folder))
+    assert f"{len(done)} done" in printed, printed
+    return {**cost, "stages": len(ids), "jobs": len(ids) // each}
 
 
 def overhead(output: Path, count: int = 200) -> dict[str, Any]:
@@ -143,10 +182,18 @@ def overhead(output: Path, count: int = 200) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
-    records = parser.parse_args().records
+    parser.add_argument("--status", action="store_true")
+    given = parser.parse_args()
+    records = given.records
     os.environ["WANDB_MODE"] = "disabled"
     results: dict[str, Any] = {"records": records, "cores": os.cpu_count()}
     with TemporaryDirectory() as scratch:
+        own = {"status": status(Path(scratch) / "status")}
+        if given.status:
+            FILE.write_text(json.dumps(json.loads(FILE.read_text()) | own, indent=1) + "\n")
+            print(json.dumps(own, indent=1))
+            return 0
+        results |= own
         small, large = Path(scratch) / "small", Path(scratch) / "large"
         results["overhead"] = overhead(Path(scratch) / "run")
         results["plan"] = planned(small)

@@ -572,6 +572,7 @@ def measure(
         "kind": kind(setup.task),
         "turns": by_turn,
         "gain": gain,
+        "less_is_better": [metric for metric, more in scored.higher.items() if not more],
     }
 
     def records(out: Path) -> None:

@@ -63,6 +63,7 @@ class Needs:
     files: that `measure` reads, by the argument's name. settings: of `measure`, where the numbers depend on more.
     until: strings before which an answer ends.
     samples: several answers beside those of `strategy`. Of a benchmark with a judge, the best alone is compared.
+    weighed: who says how likely the answers are, by the argument's name of `measure`: policy (who made them), base.
     """
 
     strategy: Strategy
@@ -78,6 +79,7 @@ class Needs:
     until: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     samples: Samples | None = None
+    weighed: tuple[str, ...] = ()
 
 
 class Measured(NamedTuple):

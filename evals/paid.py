@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.games import Reply
-from evolve.store import digest, ended, this_process
+from evolve.store import Corrupt, digest, ended, seal, this_process, unseal
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     temporary.rename(path)
 
 
+def _dead(claim: Path) -> bool:
+    """Whether the process that claims is known to have ended: not of one whose claim is damaged, or being written."""
+    try:
+        return bool(ended(unseal(claim.read_bytes())))
+    except (FileNotFoundError, Corrupt, KeyError, TypeError):
+        return False
+
+
 class Cache:
     """Replies by what was asked, shared by any number of processes."""
 
@@ -97,18 +105,23 @@ class Cache:
         claim.parent.mkdir(parents=True, exist_ok=True)
         since = time.monotonic()
         while True:
-            with contextlib.suppress(FileExistsError), claim.open("x") as file:
-                json.dump(this_process(), file)
+            try:
+                with claim.open("x") as file:
+                    file.write(seal(this_process()))
                 break
+            except FileExistsError:
+                pass
+            except OSError:  # the disk is full
+                claim.unlink(missing_ok=True)
+                raise
             if (found := self.get(key)) is not None:
                 yield found
                 return
             if stop.is_set():
                 raise Stopped
-            with contextlib.suppress(FileNotFoundError, ValueError):  # it is given back, or being written
-                if ended(json.loads(claim.read_bytes())) or time.monotonic() - since > patience:
-                    claim.unlink()
-                    continue
+            if _dead(claim) or time.monotonic() - since > patience:
+                claim.unlink(missing_ok=True)
+                continue
             stop.wait(0.1)
         try:
             yield self.get(key)
@@ -184,13 +197,13 @@ class Ledger:
             if path.stem in self._closed:
                 continue
             try:
-                found = json.loads(path.read_bytes())
+                found = unseal(path.read_bytes())
                 process, reserved = found["process"], dict(found["reserved"])
                 if found["closed"]:
                     self._closed[path.stem] = float(found["spent"])
                 else:
                     spent.append(float(found["spent"]))
-            except (ValueError, KeyError, TypeError) as error:
+            except (Corrupt, ValueError, KeyError, TypeError) as error:
                 raise RuntimeError(f"{path}: can't be read ({error}), so what was spent isn't known") from None
             for key, bound in reserved.items():
                 paid = self.cache.get(key) if path.stem != self.name else None
@@ -202,4 +215,5 @@ class Ledger:
 
     def _save(self, closed: bool = False) -> None:
         state = {"spent": self._spent, "reserved": self._reserved, "closed": closed}
-        _write(self.folder / f"{self.name}.json", {"model": self.model, "process": self._process, **state})
+        content = {"model": self.model, "process": self._process, **state}
+        _write(self.folder / f"{self.name}.json", {**content, "checksum": digest(content)})

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from evolve import slurm, status
+from evolve import slurm, states
 from evolve.config import ConfigError
 
 
-def _jobs(folder: Path, queue: Mapping[str, slurm.Queued]) -> set[str]:
-    """The keys of a sweep's jobs that are in the queue."""
-    return {key for key, number in status.submitted(folder).values() if key in queue and queue[key].id == number}
+def cancel(folder: Path, every: bool) -> tuple[int, int]:
+    """How many jobs of a sweep's go on, as other sweeps want them (none where `every` one is to end), and were stopped.
+
+    Raises ConfigError.
+    """
+    sweep = states.load(folder)
+    with slurm.turn(sweep.store):  # a submission that is under way is waited for
+        queue = slurm.queue(sweep.store)
+        there = {(key, job.id) for key, job in queue.items()}
+        mine = there.intersection(states.submitted(folder).values())
+        others = [path.parent for path in folder.resolve().parent.glob("*/sweep.json")]
+        wanted = [states.wanted(other) for other in others if other != folder.resolve()]
+        kept = set() if every else mine & set().union(*wanted)
+        ending = {key for key, _ in mine - kept}
+        ending |= {f"{key}-shares" for key in ending} | {slurm.rest(folder)}
+        stopped = sorted(queue[key].id for key in ending & queue.keys())
+        slurm.cancel(stopped)
+        slurm.note(folder, cancelled=stopped)
+    return len(kept), len(stopped)
 
 
 def main() -> int:
@@ -25,26 +40,13 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="also jobs whose results other sweeps wait for")
     given = parser.parse_args()
     try:
-        folder = given.folder if (given.folder / "sweep.json").exists() else status.newest(given.folder)
-        sweep = status.load(folder)
-        queue = slurm.queue(sweep.store)
-        slurm.cancel(queue[key].id for key in {slurm.rest(folder)} & queue.keys())  # first, or it submits others
-        mine = _jobs(folder, queue)
-        others = {
-            key
-            for path in folder.resolve().parent.glob("*/sweep.json")
-            if path.parent.resolve() != folder.resolve()
-            for key in _jobs(path.parent, queue)
-        }
-        kept = set() if given.all else mine & others
-        shares = {f"{key}-shares" for key in mine - kept} & queue.keys()
-        stopped = sorted(queue[key].id for key in (mine - kept) | shares)
-        slurm.cancel(stopped)
+        folder = given.folder if (given.folder / "sweep.json").exists() else states.newest(given.folder)
+        kept, stopped = cancel(folder, given.all)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    left = f"; {len(kept)} go on, for other sweeps (--all stops them too)" if kept else ""
-    print(f"{len(stopped)} jobs stopped{left}")
+    left = f"; {kept} go on, for other sweeps (--all stops them too)" if kept else ""
+    print(f"{stopped} jobs stopped{left}")
     return 0
 
 

@@ -30,6 +30,8 @@ class Judging:
     def __str__(self) -> str:
         price = "" if self.dollars is None else f", {self.dollars:.2f} dollars"
         cap = "" if self.cap is None else f" (never more than {self.cap:g}, with all that it has cost before)"
+        if self.cap is not None and (self.dollars or 0.0) > self.cap:
+            cap = f" (more than max_dollars={self.cap:g}, where it stops: set what it may cost before it begins)"
         unknown = f"; {self.open} more are unknown until their questions are downloaded" if self.open else ""
         return (
             f"{self.judge}: up to {self.requests:,} verdicts for {self.comparisons} new comparisons, "

@@ -17,42 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import evals
-from evolve import jobs
-from evolve.config import Rates
-from evolve.stages import LIGHT
+from evolve.config import DIRECT_TERMS, Rates
 from evolve.stages.questions import EMBEDDED
-from evolve.store import Corrupt, Source, Stage, Store, settings
+from evolve.store import Corrupt, Source, Stage, Store, canonical, settings
 
 Record = Mapping[str, Any]
-
-COUNTED = {  # by kind: which of its record's values says how much a stage did
-    "data": "rows",
-    "questions": "questions",
-    "reward_model": "pairs",
-    "activate": "pairs",
-    "respond": "answers",
-    "likelihood": "questions",
-    "score": "answers",
-    "compare": "verdicts",
-    "pick": "prompts",
-    "pair": "pairs",
-    "reference": "pairs",
-    "train": "pairs",
-    "reinforce": "answers",
-}
-TAKES = {  # by kind: what the names of the inputs begin with that its count follows from
-    "reward_model": "pairs",
-    "activate": "pairs",
-    "respond": "prompts",
-    "likelihood": "questions",
-    "score": "answers",
-    "compare": "answers",
-    "pick": "answers",
-    "pair": "answers",
-    "reference": "pairs",
-    "train": "pairs",
-    "reinforce": "prompts",
-}
 
 
 class Measured(NamedTuple):
@@ -96,6 +65,17 @@ def estimates(
     return {stage.id: found.of(stage) for stage in stages.values() if stage.id in new}
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """What records have taken and done together; most: of one of them."""
+
+    measured: tuple[Measured, ...]
+    seconds: float
+    work: float
+    most: float
+    tokens: Mapping[str, float]
+
+
 class _Estimates:
     def __init__(
         self,
@@ -109,7 +89,9 @@ class _Estimates:
         self.stages, self.new, self.store, self.newest = stages, new, store, newest
         self.questions, self.rates = questions, rates
         self._read: dict[str, Record | None] = {}
-        self._peers: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
+        self._peers: dict[str, dict[Any, list[Record]]] = {}
+        self._none: list[Record] = []
+        self._sums: dict[int, _Sum] = {}  # by list of records (its id): thousands of stages share them
 
     def record(self, key: str) -> Record | None:
         """None where there is none that can be read."""
@@ -120,14 +102,35 @@ class _Estimates:
                 self._read[key] = None
         return self._read[key]
 
-    def peers(self, kind: str) -> dict[tuple[Any, ...], list[Record]]:
-        """The records of a kind, by what they have in common."""
+    def peers(self, kind: str) -> dict[Any, list[Record]]:
+        """The records of a kind, by what they have in common, and by all that a stage of the same settings has, too."""
         if kind not in self._peers:
             found = self._peers[kind] = {}
             for record in self.newest(kind):
                 self._read[record["id"]] = record
-                found.setdefault(self.common(record["id"], record["config"]), []).append(record)
+                common = self.common(record["id"], record["config"])
+                for key in (common, (common, *record["roots"], canonical(record["identity"]["config"]))):
+                    found.setdefault(key, []).append(record)
         return self._peers[kind]
+
+    def sum(self, stage: Stage, found: list[Record]) -> _Sum:
+        """Of records that stages of this kind are estimated by."""
+        if id(found) not in self._sums:
+            counted = stage.config.COUNTED
+            heavy = [] if stage.config.light else found
+            done = [work(stage.kind, record["config"], record["values"][counted])[0] for record in heavy]
+            tokens: dict[str, float] = {}
+            for record in found:
+                for name, count in record["tokens"].items():
+                    tokens[name] = tokens.get(name, 0) + count
+            self._sums[id(found)] = _Sum(
+                tuple(Measured(record["id"], record["host"], record["started"]) for record in found),
+                sum(record["seconds"] for record in found),
+                sum(done),
+                max(done, default=0),
+                tokens,
+            )
+        return self._sums[id(found)]
 
     def of(self, stage: Stage) -> Estimate:
         config, count = settings(stage.config, defaults=True), self.count(stage)
@@ -137,41 +140,35 @@ class _Estimates:
             if assumed.tokens_per_second is not None:
                 if not tokens:
                     return Estimate()
-                seconds += sum(tokens.values()) / (assumed.tokens_per_second * max(1, jobs.gpus(stage)))
+                seconds += sum(tokens.values()) / (assumed.tokens_per_second * max(1, stage.config.gpus))
             return Estimate("assumed", seconds, tokens, most=self.rates.answer_tokens is None)
-        alike = self.peers(stage.kind).get(self.common(stage.id, config), [])
-        same = [
-            record
-            for record in alike
-            if record["roots"] == sorted(stage.roots) and record["identity"]["config"] == stage.identity["config"]
-        ]
-        found = same or alike
+        common, peers = self.common(stage.id, config), self.peers(stage.kind)
+        same = peers.get((common, *sorted(stage.roots), canonical(stage.identity["config"])), self._none)
+        found = same or peers.get(common, self._none)
         how = "same settings" if same else "same model" if self.weights(stage.id) else "same kind"
-        measured = tuple(Measured(record["id"], record["host"], record["started"]) for record in found)
-        spent = sum(record["seconds"] for record in found)
-        if stage.kind in LIGHT:  # seconds, whatever their size
-            return Estimate(how, spent / len(found), measured=measured) if found else Estimate()
-        done = [work(stage.kind, record["config"], record["values"][COUNTED[stage.kind]])[0] for record in found]
-        if amount is None or not sum(done):
+        past = self.sum(stage, found)
+        if stage.config.light:  # seconds, whatever their size
+            return Estimate(how, past.seconds / len(found), measured=past.measured) if found else Estimate()
+        if amount is None or not past.work:
             return Estimate(tokens=tokens)
-        share = amount / sum(done)
-        expected = {name: share * sum(record["tokens"].get(name, 0) for record in found) for name in tokens}
-        return Estimate(how, share * spent, expected, False, measured, amount / max(done))
+        share = amount / past.work
+        expected = {name: share * past.tokens.get(name, 0) for name in tokens}
+        return Estimate(how, share * past.seconds, expected, False, past.measured, amount / past.most)
 
     def count(self, stage: Stage) -> int | None:
         """How many rows, answers, pairs (COUNTED) a stage is for, at most; None where that can't be known yet."""
         config: Any = stage.config
         if stage.id not in self.new and (record := self.record(stage.id)) is not None:
-            return int(record["values"][COUNTED[stage.kind]])
+            return int(record["values"][stage.config.COUNTED])
         if stage.kind == "data":
             return int(config.count)
         if stage.kind == "questions":
             if any(isinstance(item, Source) and item.path == "embedded" for item in stage.inputs.values()):
                 return int(config.limit or EMBEDDED)
             return self.questions.get(stage.id, config.limit)
-        if stage.kind not in TAKES:
+        if stage.config.FOLLOWS is None:
             return None
-        above = [item for name, item in stage.inputs.items() if name.startswith(TAKES[stage.kind])]
+        above = [item for name, item in stage.inputs.items() if name.startswith(stage.config.FOLLOWS)]
         counts = [self.count(item) for item in above if isinstance(item, Stage)]
         if None in counts:
             return None
@@ -187,7 +184,7 @@ class _Estimates:
                 return found // int(each)
             if stage.kind == "compare":
                 return found // each * len(config.turns) * len(evals.load(config.benchmark).stand_in(0))
-            return found // each * (each * (each - 1) // 2 if config.filter.select == "all" else 1)
+            return found // each * (each * (each - 1) // 2 if config.filter.several else 1)
         return found
 
     def weights(self, key: str) -> str | None:
@@ -218,7 +215,8 @@ def sequences(kind: str, config: Mapping[str, Any]) -> tuple[int, ...]:
     if kind == "activate":
         return (1,) * (loss["direct"] > 0) + (2,) * (loss["refine"] > 0)
     if kind == "train":
-        refine = {"both": 4, "rejected": 2}.get(loss["refine_contexts"], 2 if loss["direct"] == "srpo" else 0)
+        seen = len(DIRECT_TERMS[loss["direct"]].refines) if loss["direct"] else 0
+        refine = {"both": 4, "rejected": 2}.get(loss["refine_contexts"], seen)
         return (1,) * (2 if loss["direct"] else loss["nll"] > 0) + (2,) * refine
     if kind == "reference":
         return (1, 1) if config["contexts"] == "direct" else (2,) * 4

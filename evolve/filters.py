@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -17,6 +17,28 @@ class Pair(NamedTuple):
 
     chosen: int
     rejected: int
+
+
+Scored = Mapping[int, float]  # answers' scores by index, in order
+
+
+def best_worst(scored: Scored, draw: str) -> list[Pair]:
+    """Of equals the earlier, as either."""
+    return [Pair(max(scored, key=scored.__getitem__), min(scored, key=scored.__getitem__))]
+
+
+def best_random(scored: Scored, draw: str) -> list[Pair]:
+    best = max(scored, key=scored.__getitem__)
+    others = [index for index in scored if index != best]
+    number = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big")
+    return [Pair(best, others[number % len(others)])]
+
+
+def every(scored: Scored, draw: str) -> list[Pair]:
+    return [Pair(a, b) if scored[a] >= scored[b] else Pair(b, a) for a, b in combinations(scored, 2)]
+
+
+SELECT = {"best_worst": best_worst, "best_random": best_random, "all": every}  # of filters that compare
 
 
 def pairs(
@@ -44,7 +66,7 @@ def pairs(
             out["answers unfinished"] += 1
         else:
             usable.append(index)
-    if filter.select == "last_first":
+    if not filter.compares:
         if 0 not in usable:
             return [], "direct answer empty or unfinished", out
         refined = [index for index in usable if answers[index].turn > 1]
@@ -68,18 +90,9 @@ def pairs(
             texts.add(text)
     if len(scored) < 2:
         return [], "fewer than two usable answers", out
-    best = max(scored, key=scored.__getitem__)  # the earlier of equals, as the worst
-    if filter.select == "all":
-        tried = [(a, b) if scored[a] >= scored[b] else (b, a) for a, b in combinations(scored, 2)]
-    elif filter.select == "best_random":
-        others = [index for index in scored if index != best]
-        number = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big")
-        tried = [(best, others[number % len(others)])]
-    else:
-        tried = [(best, min(scored, key=scored.__getitem__))]
-    gaps = {Pair(*pair): scored[pair[0]] - scored[pair[1]] for pair in tried}
+    gaps = {pair: scored[pair.chosen] - scored[pair.rejected] for pair in SELECT[filter.select](scored, draw)}
     found = [pair for pair, gap in gaps.items() if gap > filter.margin]
-    if filter.select == "all":
+    if filter.several:
         out["pairs within the margin"] = len(gaps) - len(found)
     if found:
         return found, None, out

@@ -5,7 +5,8 @@
 
 A job whose results only one other job needs, and which wants the same as that one, is made part of it. So a job has one
 stage that others build on, its last, and `afterok` between jobs says just what stages need of one another: where a
-stage fails, nothing stops that could have run. Stages that take seconds and no GPU go with whichever neighbour.
+stage fails, nothing stops that could have run. Stages that take seconds and no GPU go with whichever neighbour. Slices
+of one data set that several jobs need are the exception: one job makes them, and fails with any of them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from evolve.config import Need, Resources
-from evolve.stages import LIGHT, SHARED
+from evolve.config import ConfigError, Need, Resources
 from evolve.store import Stage, digest
 
 
@@ -41,32 +41,31 @@ class Job:
     @property
     def shared(self) -> Stage | None:
         """The stage whose rows an array of jobs makes before this one: the first that takes time, where it can be."""
-        first = next((stage for stage in self.stages if not light(stage)), None)
-        if self.need.shards == 1 or first is None or first.kind not in SHARED:
+        first = next((stage for stage in self.stages if not stage.config.light), None)
+        if self.need.shards == 1 or first is None or not first.config.SHARED:
             return None
         own = {stage.id for stage in self.stages}
         return None if any(item.id in own for item in first.stages) else first
 
 
-def light(stage: Stage) -> bool:
-    return bool(getattr(stage.config, "light", stage.kind in LIGHT))
-
-
-def gpus(stage: Stage) -> int:
-    """How many GPUs a stage uses, on a machine that has some."""
-    return int(getattr(stage.config, "gpus", 0 if light(stage) else 1))
-
-
 def need(stage: Stage, resources: Resources) -> Need | None:
-    """What a stage's job gets, the number of GPUs as well; None for one that goes with a neighbour."""
+    """What a stage's job gets, the number of GPUs as well; None for one that goes with a neighbour.
+
+    Raises ConfigError where its devices don't divide over the nodes that it is to run on.
+    """
     assert resources.slurm is not None
     table = resources.slurm.needs
-    if light(stage) and stage.kind not in table:
+    if stage.config.light and stage.kind not in table:
         return None
     found = table.get(stage.kind, table["default"])
+    if (devices := stage.config.ranks) % found.nodes:
+        raise ConfigError(
+            f"resources.slurm.needs.{stage.kind}.nodes={found.nodes}: trainer.devices={devices}, which is all of them "
+            f"together, doesn't divide over so many nodes; take a multiple of {found.nodes}"
+        )
     if found.gpus is not None:
         return found
-    return found.model_copy(update={"gpus": 0 if resources.device == "cpu" else gpus(stage)})
+    return found.model_copy(update={"gpus": 0 if resources.device == "cpu" else stage.config.gpus // found.nodes})
 
 
 def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
@@ -110,10 +109,10 @@ def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
     for end, members in held.items():
         members.sort(key=lambda stage: place[stage.id])
         found = wants[end] or small
-        minutes = sum((need(stage, resources) or small).minutes if not light(stage) else 0 for stage in members)
+        minutes = sum(asked.minutes for stage in members if (asked := need(stage, resources))) or small.minutes
         most = resources.slurm.max_minutes or math.inf
         shards = next((asked.shards for stage in members if (asked := need(stage, resources))), 1)
-        own = {"minutes": min(max(minutes, small.minutes), most), "shards": shards}
+        own = {"minutes": min(minutes, most), "shards": shards}
         jobs.append(Job(tuple(members), found.model_copy(update=own)))
     return jobs
 

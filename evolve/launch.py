@@ -8,13 +8,16 @@ moment, loses nothing that was committed: the same command finds it in the store
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
+import shlex
+import stat
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,14 +28,21 @@ from evolve.config import ROOT, Config, ConfigError
 from evolve.estimate import Estimate
 from evolve.plan import Graph, Verdict
 from evolve.show import Show
-from evolve.store import Stage, Store, digest
+from evolve.store import Corrupt, Stage, Store, digest, replace, seal, unseal
 from evolve.workers import Inline, Outcome, Setting, Workers
 
 PEERS = 500  # records of a kind, the newest, that new stages are compared with
 
 
 class Failed(Exception):
-    """Some stages failed; the message says which."""
+    """Some stages failed; the message says which. planned: of which the others are done."""
+
+    def __init__(self, message: str, planned: Planned):
+        super().__init__(message, planned)
+        self.planned = planned
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Busy(Exception):
@@ -87,6 +97,7 @@ def plan_members(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
     """
     dry = all(config.dry_run for config in configs)
     store = plan.store_of(configs[0])
+    _share(store.root.parent)
     resolver = sources.Resolver(store.root / "digests", unpinned=dry)
     for config in configs:
         resolver.check_rows(
@@ -117,6 +128,8 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     Raises Failed when a stage failed, after everything else has run and been reported.
     """
     planned = plan_members(configs, overrides)
+    if planned.config.resources.slurm is not None and not inline and "SLURM_JOB_ID" not in os.environ:
+        planned.warnings.append("resources are Slurm's, but stages run right here: hydra/launcher=slurm submits them")
     show = Show(planned)
     show.plan(simulate.here(planned), full=planned.config.dry_run)
     if planned.config.dry_run:
@@ -139,19 +152,22 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
     if not inline:
         report(planned)
     failed = {stage_id: outcome for stage_id, outcome in outcomes.items() if outcome.status == "failed"}
+    if not failed and not inline:
+        check_measured(planned)
     if failed:
         blocked = sum(outcome.status == "blocked" for outcome in outcomes.values())
         raise Failed(
             f"{len(failed)} stage(s) failed ({', '.join(failed)}), so {blocked} that need them did not run; "
-            f"everything else is done. Logs: {planned.folder / 'logs'}; the same command tries again"
+            f"everything else is done. Logs: {planned.folder / 'logs'}; the same command tries again",
+            planned,
         )
     return planned
 
 
 def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: bool) -> Planned:
-    """Plans members and submits what is missing to Slurm; with `wait`, stays until it has ended.
+    """Plans members and submits what is missing to Slurm; with `wait`, stays until it has ended, and reports.
 
-    Raises Failed when a stage failed while it stayed.
+    Raises Failed when a stage failed while it stayed; KeyboardInterrupt, with the jobs left alone.
     """
     from evolve import slurm, status
 
@@ -163,28 +179,60 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
         return planned
     begin(planned)
     if planned.new:
-        show.submitted(slurm.submit(planned))
+        with _written(planned):
+            show.submitted(slurm.submit(planned))
         if not wait:
             return planned
         try:
-            found = status.watch(planned.folder)
+            view = status.watch(planned.folder)
         except KeyboardInterrupt:
-            print("no longer watched; the jobs go on")
-            return planned
-        lost = [stage_id for stage_id, state in found.items() if state.state != "done"]
-        if lost:
-            raise Failed(f"{len(lost)} stages were not made; the lines above say why, and the same command tries again")
+            raise KeyboardInterrupt("no longer watched; the jobs go on") from None
+        if lost := len(view.states) - view.count["done"]:
+            report(planned)
+            message = f"{lost} stages were not made; the lines above say why, and the same command tries again"
+            raise Failed(message, planned)
     report(planned)
+    check_measured(planned)
     return planned
 
 
 def begin(planned: Planned) -> None:
-    """The sweep's folder; the code that runs is kept. Raises ConfigError where the folder can't be written."""
-    try:
+    """The sweep's folder; the code that runs is kept. Raises ConfigError where the output can't be written to."""
+    with _written(planned):
+        for folder in {planned.store.folder(stage.id).parent for stage in planned.new}:
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         write_sweep(planned)
-    except OSError as error:
-        raise ConfigError(f"output={planned.config.output}: can't be written to ({error.strerror})") from None
     snapshot.hold()
+
+
+@contextlib.contextmanager
+def _written(planned: Planned) -> Iterator[None]:
+    """What can't be written is said in one line, with whose it is."""
+    try:
+        yield
+    except OSError as error:
+        where, why = f"output={planned.config.output}", error.strerror
+        if isinstance(error, PermissionError) and error.filename:
+            path = Path(error.filename)
+            path = path if path.exists() else path.parent
+            why = f"{path} is {_owner(path)}'s. For several users: chgrp -R, chmod -R g+rwX, and g+s of its folders"
+        raise ConfigError(f"{where}: can't be written to: {why}") from None
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:  # no user of this machine's
+        return f"user {path.stat().st_uid}"
+
+
+def _share(output: Path) -> None:
+    """In a folder of a group's (chmod g+ws), what this process and its children write is the group's to write, too."""
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    shared = stat.S_ISGID | stat.S_IWGRP
+    if there.stat().st_mode & shared == shared:
+        os.umask(os.umask(0) & ~stat.S_IRWXG)
 
 
 def run(
@@ -221,7 +269,7 @@ def run(
                     ready.append(dependant)
 
     while len(outcomes) < len(waiting):
-        now = time.time()
+        now = time.monotonic()
         for stage_id in [stage_id for stage_id, when in again.items() if when <= now]:
             del again[stage_id]
             if store.record(named[stage_id]) is not None:
@@ -229,11 +277,16 @@ def run(
             else:
                 ready.append(stage_id)
         ready.sort(key=order.__getitem__)
-        while ready and pool.free:
-            stage_id = ready.pop(0)
+        short = False  # of GPUs: what an earlier stage waits for, no later one takes
+        for stage_id in list(ready):
+            stage = named[stage_id]
+            if (short and stage.config.gpus) or not pool.takes(stage):
+                short = True
+                continue
+            ready.remove(stage_id)
             running.add(stage_id)
-            watch.started(named[stage_id])
-            pool.start(named[stage_id])
+            watch.started(stage)
+            pool.start(stage)
         if again and not running and not patient:
             raise Busy(next(iter(again)))
         for stage_id, news in pool.wait(0.2):
@@ -243,7 +296,7 @@ def run(
             running.discard(stage_id)
             if news.status == "busy":
                 watch.held(named[stage_id])
-                again[stage_id] = time.time() + 0.5
+                again[stage_id] = time.monotonic() + 0.5
             elif news.status == "failed" and tries[stage_id] < retries:
                 tries[stage_id] += 1
                 watch.retried(named[stage_id], news)
@@ -259,37 +312,58 @@ def write_sweep(planned: Planned) -> None:
     content = {
         "store": os.path.relpath(planned.store.root, planned.folder),
         "lease_timeout": planned.store.lease_timeout,
+        **_asked(planned.folder / "sweep.json"),
         "needs": {stage.id: [item.id for item in stage.stages] for stage in planned.graph.stages.values()},
         "members": [plan.describe(member) for member in planned.graph.members],
     }
-    temporary = planned.folder / f".sweep.json-{os.getpid()}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.rename(planned.folder / "sweep.json")
+    replace(planned.folder / "sweep.json", seal(content))
+
+
+def _asked(before: Path) -> dict[str, str]:
+    """The command that a person gave, to be given again, and the experiment that it names; nothing where none was.
+
+    before: the sweep's file, if the same stages ran already: an experiment stays one, however it is asked for now.
+    """
+    if Path(sys.argv[0]).name != "main.py":
+        return {}
+    found = {"command": shlex.join(["python", "evolve/main.py", *sys.argv[1:]])}
+    named = [word for word in sys.argv[1:] if word.startswith("experiment=")]
+    with contextlib.suppress(FileNotFoundError, Corrupt):
+        if not named and (known := unseal(before.read_bytes())).get("experiment"):
+            return {key: known[key] for key in ("command", "experiment") if key in known}
+    return found | {key: value for key, _, value in (word.partition("=") for word in named)}
 
 
 def report(planned: Planned) -> None:
-    """Table and figures from the store's records, and W&B."""
+    """Tables, figures and a page from the store's records, and W&B."""
     from sweeps import collect, report, wandb_log
 
     if not (planned.folder / "sweep.json").exists():
         write_sweep(planned)
-    report.show(planned.folder)
+    report.show([planned.folder])
     if planned.config.wandb.mode != "disabled" and wandb_log.pending(collect.load(planned.folder)):
-        # A process of its own: W&B can be slow or down, and a sweep's results don't wait for it.
+        # A process of its own, after the results: nothing that W&B does can stop a sweep.
         command = [sys.executable, "-m", "sweeps.wandb_log", str(planned.folder)]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
             output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
         except subprocess.TimeoutExpired:
-            output = ["no answer in 5 minutes"]
+            output = [f"not all logged in half an hour; {shlex.join(['python', *command[1:]])} goes on"]
         if output:
             print(f"W&B     {output[-1]}")
+
+
+def check_measured(planned: Planned) -> None:
+    """Raises Failed where the report has found a measurement that isn't what was written, and moved it aside."""
+    measured = [stage for stage in planned.graph.stages.values() if stage.kind == "evaluate"]
+    if gone := [stage.id for stage in measured if planned.store.record(stage) is None]:
+        raise Failed(f"{', '.join(gone)}: damaged, so not in the tables; the same command makes it again", planned)
 
 
 def objective(planned: Planned, number: int) -> float | None:
     """A member's last refined reward, or what its first benchmark has instead: what a search over settings maximises.
 
-    None before it is known.
+    None before it is known, and where there is none.
     """
     import evals
 
@@ -299,4 +373,5 @@ def objective(planned: Planned, number: int) -> float | None:
     record: Mapping[str, Any] | None = planned.store.record(evaluations[-1]) if evaluations else None
     if record is None or benchmark is None:
         return None
-    return next(record["values"][name] for name in evals.load(benchmark).OBJECTIVE if name in record["values"])
+    values = record["values"]
+    return next((values[name] for name in evals.load(benchmark).OBJECTIVE if name in values), None)

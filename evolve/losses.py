@@ -11,13 +11,12 @@ tests/test_losses_trl.py holds ours equal to theirs, wherever TRL has the loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from evolve.config import PreferenceWeights, SFTWeights
+from evolve.config import DIRECT_TERMS, PreferenceWeights, SFTWeights
 
 # A pair's sequences: (what the context shows besides the prompt, whose answer is asked for).
 DIRECT = ("direct_chosen", "direct_rejected")
@@ -65,22 +64,13 @@ def refine(h_w: Tensor, h_l: Tensor, beta: float, scale: float = 1.0) -> Tensor:
     return scale * (0.5 - beta * (h_w - h_l)) ** 2
 
 
-@dataclass(frozen=True)
-class Direct:
-    """An L_direct: a function of what its sequences have (h, or the policy's own logp), then of its settings."""
-
-    function: Callable[..., Tensor]
-    sequences: tuple[str, ...] = DIRECT
-    settings: tuple[str, ...] = ("beta_direct",)  # of PreferenceWeights
-    relative: bool = True  # False: there is no reference
-
-
-DIRECT_LOSSES = {
-    "dpo": Direct(dpo),
-    "ipo": Direct(ipo),
-    "simpo": Direct(simpo, settings=("beta_direct", "gamma"), relative=False),
-    "sppo": Direct(sppo),
-    "srpo": Direct(srpo_generation, sequences=(*DIRECT, "rejected_chosen", "chosen_rejected")),
+# Of what its sequences have (h, or the policy's own logp), then of its settings: as config.DIRECT_TERMS says.
+DIRECT_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "simpo": simpo,
+    "sppo": sppo,
+    "srpo": srpo_generation,
 }
 
 
@@ -114,17 +104,18 @@ def preference(
         metrics[f"accuracy_{name}"] = (chosen > rejected).to(chosen.dtype)
 
     if loss.direct is not None and loss.beta_direct is not None:
-        direct = DIRECT_LOSSES[loss.direct]
-        seen = [(h if direct.relative else policy)[name] for name in direct.sequences]
+        term = DIRECT_TERMS[loss.direct]
+        names = (*DIRECT, *term.refines)
+        seen = [(h if term.relative else policy)[name] for name in names]
         if loss.lengths == "mean":
-            seen = [value / tokens[name.split("_")[1]] for name, value in zip(direct.sequences, seen, strict=True)]
-        metrics["loss_direct"] = direct.function(*seen, *(getattr(loss, name) for name in direct.settings))
+            seen = [value / tokens[name.split("_")[1]] for name, value in zip(names, seen, strict=True)]
+        given = [getattr(loss, name) for name in term.settings]
+        metrics["loss_direct"] = DIRECT_LOSSES[loss.direct](*seen, *given)
         total = total + (1 - loss.alpha) * metrics["loss_direct"]
         judge("direct", loss.beta_direct * seen[0], loss.beta_direct * seen[1])
     if loss.beta_refine is not None and loss.refine_scale is not None:
         for context in ("rejected", "chosen") if loss.refine_contexts == "both" else ("rejected",):
-            names = (f"{context}_chosen", f"{context}_rejected")
-            h_w, h_l = (h[name] for name in names)
+            h_w, h_l = h[f"{context}_chosen"], h[f"{context}_rejected"]
             metrics[f"loss_refine_{context}"] = refine(h_w, h_l, loss.beta_refine, loss.refine_scale)
             total = total + loss.alpha * metrics[f"loss_refine_{context}"]
             judge(f"refine_{context}", loss.beta_refine * h_w, loss.beta_refine * h_l)
@@ -142,7 +133,7 @@ def needed(loss: PreferenceWeights) -> tuple[str, ...]:
     """The sequences that preference training with these weights has to run through the policy."""
     names = set(needed_of_reference(loss))
     if loss.direct is not None:
-        names.update(DIRECT_LOSSES[loss.direct].sequences)
+        names.update(DIRECT, DIRECT_TERMS[loss.direct].refines)
     if loss.nll > 0:
         names.add("direct_chosen")
     return tuple(name for name in DIRECT + REFINE if name in names)
@@ -151,8 +142,8 @@ def needed(loss: PreferenceWeights) -> tuple[str, ...]:
 def needed_of_reference(loss: PreferenceWeights) -> tuple[str, ...]:
     """Those of which the reference model's log-probabilities are needed too."""
     names: set[str] = set()
-    if loss.direct is not None and DIRECT_LOSSES[loss.direct].relative:
-        names.update(DIRECT_LOSSES[loss.direct].sequences)
+    if loss.direct is not None and DIRECT_TERMS[loss.direct].relative:
+        names.update(DIRECT, DIRECT_TERMS[loss.direct].refines)
     if loss.beta_refine is not None:
         names.update(REFINE if loss.refine_contexts == "both" else REFINE[:2])
     return tuple(name for name in DIRECT + REFINE if name in names)
@@ -165,7 +156,7 @@ def at_reference(loss: PreferenceWeights) -> dict[str, float]:
     ones = {answer: torch.ones(1) for answer in ("chosen", "rejected")}
     _, metrics = preference(zeros, zeros, loss, ones)
     known = [f"loss_refine_{context}" for context in ("rejected", "chosen")]
-    if loss.direct is not None and DIRECT_LOSSES[loss.direct].relative:
+    if loss.direct is not None and DIRECT_TERMS[loss.direct].relative:
         known.append("loss_direct")
     return {name: metrics[name].item() for name in known if name in metrics}
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from evolve import config, launch  # noqa: E402
+from evolve import config, launch, workers  # noqa: E402
 
 raised: list[Exception] = []  # by `member`, when it is the whole command: Hydra would wrap it in lines of its own
 
@@ -42,12 +42,21 @@ def member(composed: DictConfig) -> float | None:
             planned = launch.submit(configs, overrides, job.launcher.wait)
         else:
             planned = launch.sweep(configs, overrides, inline=not alone)
-    except (config.ConfigError, launch.Failed) as error:
-        if not alone:
+    except (config.ConfigError, launch.Failed, OSError) as error:
+        if not alone or (isinstance(error, OSError) and not _machines(error)):
             raise
         raised.append(error)
         return None
     return launch.objective(planned, 0)
+
+
+def _machines(error: Exception) -> str:
+    """A machine's own trouble, in a line."""
+    if isinstance(error, OSError) and error.errno in workers.FULL:
+        return f"{error.strerror}; the same command goes on once there is room"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}; look at its rights (ls -l)"
+    return ""
 
 
 def _hydras(error: Exception) -> bool:
@@ -73,10 +82,14 @@ def main() -> int:
     except launch.Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "stopped; what was finished is kept, and the same command goes on from there"
+        print(said, file=sys.stderr)
         return 130
     except Exception as error:
+        if said := _machines(error):
+            print(f"error: {said}", file=sys.stderr)
+            return 1
         if not _hydras(error):
             raise
         print(f"error: {config.one_line(error, sys.argv[1:])}", file=sys.stderr)

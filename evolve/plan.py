@@ -24,10 +24,18 @@ from evolve.config import Config, ConfigError, Endpoint, Sampling, Server, Strat
 from evolve.stages import ModelSettings, stage
 from evolve.store import Source, Stage, Store, canonical, flatten
 
+BEFORE = ("setup", "base", "sft", "offline")  # the phases that iteration 1, 2, ... follow
+
+
+def place(phase: str) -> int:
+    """A phase's number, the same in every member of every sweep: base 0, sft 1, offline 2, iteration n 2 + n."""
+    _, _, turn = phase.partition(" ")
+    return 2 + int(turn) if turn else BEFORE.index(phase) - 1
+
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in its place in a member: `phase` is setup, base, sft, offline, or iteration 1, 2, ..."""
+    """A stage in its place in a member: `phase` is one of BEFORE, or iteration 1, 2, ..."""
 
     phase: str
     stage: Stage
@@ -65,27 +73,36 @@ class Graph:
         """How many stages there would be if members shared none."""
         return sum(len({step.stage.id for step in member.steps}) for member in self.members)
 
-    def users(self, stage_id: str) -> list[Member]:
-        return [member for member in self.members if any(step.stage.id == stage_id for step in member.steps)]
-
 
 def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
     """A member's stages, inputs before what needs them. Raises ConfigError if what it names outside can't be found."""
     if config.trainer.sharding == "deepspeed" and find_spec("deepspeed") is None:
-        raise ConfigError(
+        _lacks(
+            config,
+            resolve,
             "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install 'evolve-harness[deepspeed]', or take "
-            "trainer=fsdp"
+            "trainer=fsdp",
         )
     engines = {"engine.name": config.engine.name, "reward_model.engine": config.reward_model.engine}
     if config.judge.mode != "none":
         engines["judge.engine.name"] = config.judge.engine.name
     for key, engine in engines.items():
         if engine == "vllm" and find_spec("vllm") is None:
-            raise ConfigError(f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf")
+            why = f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf"
+            _lacks(config, resolve, why)
     builder = _Builder(config, resolve)
     builder.loop()
     builder.overlaps()
     return Member(name, config, tuple(builder.steps))
+
+
+def _lacks(config: Config, resolve: sources.Resolver, why: str) -> None:
+    """A package that stages will need: refused where they run here; in a plan, or for jobs' own Python, a warning."""
+    elsewhere = config.resources.slurm is not None and config.resources.slurm.python is not None
+    if not resolve.unpinned and not elsewhere:
+        raise ConfigError(why)
+    if why not in resolve.warnings:
+        resolve.warnings.append(why)
 
 
 Artefact = Stage | Source
@@ -109,6 +126,9 @@ class _Builder:
             config.data.eval_split is not None and not sources.is_file(config.data.path)
         )
         self.embedded = config.data.path == "embedded"  # whose pools are disjoint already
+        # A reward model's pairs, where a plan can't count (Resolver.check_rows) whether they are others' too.
+        counted = self.embedded or not config.trains_reward_model or resolve.usable(config.data) is not None
+        self.tail = 0 if counted else config.data.reward_model_pairs
         self.pairs_used = config.data.sft_pairs + config.data.offline_pairs
         self.held_out = self.rows("eval", 0, config.data.eval_prompts)
         self.reward_model = self.scoring_model() if config.uses_reward_model else None
@@ -170,7 +190,7 @@ class _Builder:
             start=start,
             count=count,
             reserve=0 if self.eval_apart or self.embedded else data.eval_prompts,
-            tail=0 if self.embedded or not self.config.trains_reward_model else data.reward_model_pairs,
+            tail=0 if pool == "eval" else self.tail,
             seed=data.seed,
             split=data.split,
             eval_split=data.eval_split if self.eval_apart else None,
@@ -204,7 +224,7 @@ class _Builder:
             learning_rate=config.model.learning_rate.reward_model,
             max_length=data.max_length,
             max_dropped=config.trainer.max_dropped,
-            seed=config.seed,
+            seed=data.seed,  # the data's, not the run's: runs with several seeds are scored by one
         )
 
     def scoring(self, scorer: str) -> dict[str, Any]:
@@ -310,6 +330,16 @@ class _Builder:
             for use, scorer in needs.scorers.items():
                 inputs[use] = self.score(scorer, answers, model)
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
+            for use in needs.weighed:
+                template = None if needs.strategy.name == "parallel" else self.config.template
+                reader = {"policy": model, "base": self.base}[use]
+                inputs[use] = self.add(
+                    "perplexity",
+                    {"model": reader, "answers": answers},
+                    model=self.read,
+                    template=template,
+                    micro_batch=self.config.trainer.micro_batch,
+                )
             if needs.versus is not None:
                 turns = self.config.eval.turns
                 judged = {1, turns} if self.config.eval.judged == "ends" else set(range(1, turns + 1))
@@ -388,7 +418,11 @@ class _Builder:
         if scorer == "judge" and config.judge.mode != "none":
             engine = config.judge.engine
             return f"judge {config.judge.model or (engine.name == 'openai' and engine.model) or config.judge.name}"
-        return str(config.data.verifier) if scorer == "verifier" else config.reward_model.path or "trained reward model"
+        if scorer == "verifier":
+            return str(config.data.verifier)
+        if isinstance(self.reward_model, Stage):  # which of those that a sweep may train
+            return f"trained reward model {self.reward_model.id.partition('/')[2][:6]}"
+        return str(config.reward_model.path)
 
     def fitting(self) -> dict[str, Any]:
         """What activation and preference training have in common."""
@@ -428,7 +462,7 @@ class _Builder:
         inputs = {"answers": answers}
         if config.filter.scorer != "none":
             inputs["scores"] = self.score(config.filter.scorer, answers, policy)
-        drawn = {"seed": config.seed} if config.filter.select == "best_random" else {}
+        drawn = {"seed": config.seed} if config.filter.draws else {}
         return self.add("pair", inputs, filter=config.filter, **drawn)
 
     def train(self, start: Artefact, reference: Artefact, pairs: Mapping[str, Stage]) -> Stage:
@@ -488,7 +522,12 @@ class _Builder:
 
 
 OVERLAP = 13  # words of a stretch, as in GPT-3's report (2005.14165, appendix C)
-VERBS = {"scores": "scored", "select": "selected"}  # what an evaluation takes a scorer's scores for
+VERBS = {
+    "scores": "scored",
+    "select": "selected",
+    "gold": "scored",
+    "proxy": "rewarded",
+}  # what an evaluation takes a scorer's scores for
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ class Died(RuntimeError):
 
 
 class Call:
-    """`function(*arguments, progress)` in a process of its own, or in several by a `launcher` such as torchrun.
+    """`function(*arguments, progress)` in a process of its own, or in several that `launcher` starts in Python's place.
 
     The function is one of a module's, its arguments can be pickled, its result is JSON; of several processes the first
-    one's counts.
+    one's counts. scratch: a folder that all of them see, where they don't share this machine's.
     """
 
     def __init__(
@@ -46,15 +46,16 @@ class Call:
         *,
         launcher: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        scratch: Path | None = None,
     ):
         self._several = bool(launcher)
-        self._scratch = tempfile.TemporaryDirectory()
+        self._scratch = tempfile.TemporaryDirectory(prefix=".call-", dir=scratch)
         self._folder = Path(self._scratch.name)
         (self._folder / "call").write_bytes(pickle.dumps((function, tuple(arguments), this_process())))
         # A cluster's launcher, or this process's own, may have left word of a group that this one is not part of.
         inherited = {name: value for name, value in os.environ.items() if launcher or name not in GROUP}
         self._process = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "evolve.processes", str(self._folder)],
+            [*(launcher or [sys.executable]), "-m", "evolve.processes", str(self._folder)],
             env={**inherited, **snapshot.environment(), **(environment or {})},
             start_new_session=True,
         )
@@ -77,11 +78,13 @@ class Call:
         errors = sorted(self._folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         found = json.loads(errors[0].read_text()) if errors else {}
         text = found.get("text", "")
-        if self._process.returncode and (not text or (self._several and any(sign in text for sign in PEER_GONE))):
+        result = self._folder / "result"
+        died = self._process.returncode or not result.exists()  # srun ends with 0 where it could start nothing
+        if died and (not text or (self._several and any(sign in text for sign in PEER_GONE))):
             raise Died("it ended with no error of its own (out of memory?)")
         if text:
             raise (ValueError if found["known"] else RuntimeError)(text)
-        return json.loads((self._folder / "result").read_text())
+        return json.loads(result.read_text())
 
     def stop(self) -> None:
         """Ends it and all that it started. Safe to call again."""

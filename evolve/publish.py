@@ -257,7 +257,7 @@ def main(words: Sequence[str] | None = None) -> int:
         else:
             new = write(files, Path(asked.to), asked.force)
             print(f"{asked.to} has {stage_id}{'' if new else ' already'}")
-    except (ConfigError, FileNotFoundError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Corrupt, Failed, OSError) as error:

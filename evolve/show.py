@@ -199,13 +199,16 @@ class Show:
 
     def submitted(self, made: Submission) -> None:
         there = f"; {made.attached} stages are under way already" if made.attached else ""
-        left = (
-            f"; {made.left} wait for room in the queue, and are submitted when the others have ended"
-            if made.left
-            else ""
-        )
+        left = ""
+        if made.left and made.rest:
+            left = f"; {made.left} wait for room in the queue, and are submitted when the others have ended"
+        elif made.left:
+            left = f"; {made.left} find no room in the queue, and nothing submits them but the same command again"
         if made.jobs or there or left:
             self.console.print(f"jobs    {len(made.jobs)} submitted{there}{left}", soft_wrap=True)
+            if made.earlier:
+                what = f"{made.earlier} jobs in the queue keep their earlier resources"
+                self.console.print(f"        {what}; python -m evolve.cancel first changes them", soft_wrap=True)
             self.console.print(f"        python -m evolve.status {self.planned.folder} --watch", soft_wrap=True)
             self.console.print(f"        python -m evolve.cancel {self.planned.folder}", soft_wrap=True)
 

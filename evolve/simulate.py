@@ -2,21 +2,21 @@
 
 Jobs wait for those they need. Of the ones that can start, the one submitted first goes first; where it has no room, it
 gets the machine that will have room soonest, by the others' time limits, and later ones start only where they don't put
-that off (Slurm's backfill, with one reservation). Each job runs on one machine.
+that off (Slurm's backfill, with one reservation). A job over several machines gets as much of each.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import re
-import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from evolve import jobs
+from evolve import devices, jobs
 from evolve.config import ConfigError, Node
 from evolve.jobs import Job
 from evolve.store import Stage
@@ -30,13 +30,17 @@ Amounts = tuple[int, int, int]  # GPUs, CPUs, MiB
 
 @dataclass(frozen=True)
 class Task:
-    """A job. seconds: that it will take; limit: that its time limit says; needs: keys of those it waits for."""
+    """A job. seconds: that it will take; limit: that its time limit says; needs: keys of those it waits for.
+
+    wants: on each of so many different machines (nodes).
+    """
 
     key: str
     seconds: float
     wants: Amounts
     needs: frozenset[str] = frozenset()
     limit: float = 0.0
+    nodes: int = 1
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Schedule:
 
     starts: dict[str, float] = field(default_factory=dict)
     ends: dict[str, float] = field(default_factory=dict)
-    nodes: dict[str, int] = field(default_factory=dict)
+    nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     path: float = 0.0
     busy: float = 0.0
 
@@ -66,10 +70,11 @@ def simulate(
     as resources.slurm.max_jobs has it. Raises ConfigError for a task that no machine has room for.
     """
     for task in tasks:
-        if not any(_fits(task.wants, node) for node in nodes):
+        if (enough := sum(_fits(task.wants, node) for node in nodes)) < task.nodes:
             gpus, cpus, memory = task.wants
+            those = "no node has" if not enough else f"{enough} of the {task.nodes} nodes that it needs have"
             raise ConfigError(
-                f"resources.slurm.needs: a job wants {gpus} GPUs, {cpus} CPUs and {memory} MiB, which no node has; "
+                f"resources.slurm.needs: a job wants {gpus} GPUs, {cpus} CPUs and {memory} MiB, which {those}; "
                 f"the largest has {' / '.join(map(str, max(nodes, default=(0, 0, 0))))}"
             )
     made = Schedule(path=critical(tasks, startup))
@@ -80,19 +85,22 @@ def simulate(
         for need in task.needs:
             needed.setdefault(need, []).append(place)
     ready: list[int] = []  # places of those that wait for nothing but room, in order
-    running: list[tuple[float, int, int]] = []  # (when it ends, its place, its machine)
+    running: list[tuple[float, int]] = []  # (when it ends, its place)
     limits: dict[int, float] = {}  # by place: when Slurm takes a running one to end
     submitted, now = 0, 0.0
 
-    def reserve(wants: Amounts) -> tuple[int, float, list[int]]:
-        """The machine that has room first, when that is, and what is left there beside it then."""
+    def reserve(task: Task) -> tuple[float, dict[int, list[int]]]:
+        """When machines have room for it first, and what is left on these beside it then."""
         then = [list(node) for node in free]
-        for when, place, node in sorted((limits[place], place, node) for _, place, node in running):
-            _add(then[node], tasks[place].wants, 1)
-            if _fits(wants, then[node]):
-                _add(then[node], wants, -1)
-                return node, when, then[node]
-        raise AssertionError("a machine that is empty has room")
+        for when, place in sorted((limits[place], place) for _, place in running):
+            for node in made.nodes[tasks[place].key]:
+                _add(then[node], tasks[place].wants, 1)
+            fitting = [node for node, has in enumerate(then) if _fits(task.wants, has)][: task.nodes]
+            if len(fitting) == task.nodes:
+                for node in fitting:
+                    _add(then[node], task.wants, -1)
+                return when, {node: then[node] for node in fitting}
+        raise AssertionError("machines that are empty have room")
 
     while submitted < len(tasks) or ready or running:
         if all(task.key in made.ends for task in tasks[max(0, submitted - LAST) : submitted]):
@@ -100,40 +108,41 @@ def simulate(
             before, room = submitted, len(tasks) if most is None else max(1, most - queued - (submitted > 0))
             submitted = min(len(tasks), submitted + room)
             ready += [place for place in range(before, submitted) if not waits[place]]
-        held: tuple[int, float, list[int]] | None = None  # for the first that has no room
+        start, held = math.inf, dict[int, list[int]]()  # when the first that has no room starts; what it leaves
         full: set[Amounts] = set()  # there is no room for so much
         left = []
         for place in ready:
             task = tasks[place]
             limit = max(task.limit, startup + task.seconds)
             fitting = [] if task.wants in full else [node for node, has in enumerate(free) if _fits(task.wants, has)]
-            for node in fitting:
-                late = held is not None and node == held[0] and now + limit > held[1]
-                if late and held is not None:
-                    if not _fits(task.wants, held[2]):
-                        continue
-                    _add(held[2], task.wants, -1)
-                _add(free[node], task.wants, -1)
-                made.starts[task.key], made.nodes[task.key], limits[place] = now, node, now + limit
-                heapq.heappush(running, (now + startup + task.seconds, place, node))
-                break
+            late = held if now + limit > start else {}  # it would still be there then
+            chosen = [node for node in fitting if node not in late or _fits(task.wants, late[node])][: task.nodes]
+            if len(chosen) == task.nodes:
+                for node in chosen:
+                    _add(free[node], task.wants, -1)
+                    if node in late:
+                        _add(late[node], task.wants, -1)
+                made.starts[task.key], made.nodes[task.key], limits[place] = now, tuple(chosen), now + limit
+                heapq.heappush(running, (now + startup + task.seconds, place))
             else:
                 left.append(place)
-                held = held or reserve(task.wants)
+                if not held:
+                    start, held = reserve(task)
                 if not fitting:
                     full.add(task.wants)
         ready = left
         now = running[0][0]
         while running and running[0][0] == now:
-            _, place, node = heapq.heappop(running)
+            _, place = heapq.heappop(running)
             made.ends[tasks[place].key] = now
-            _add(free[node], tasks[place].wants, 1)
+            for node in made.nodes[tasks[place].key]:
+                _add(free[node], tasks[place].wants, 1)
             for other in needed.get(tasks[place].key, ()):
                 waits[other].discard(tasks[place].key)
                 if not waits[other] and other < submitted:
                     bisect.insort(ready, other)
     gpus = sum(node[0] for node in nodes)
-    used = sum(task.wants[0] * (startup + task.seconds) for task in tasks)
+    used = sum(task.nodes * task.wants[0] * (startup + task.seconds) for task in tasks)
     made.busy = used / (gpus * made.makespan) if gpus and made.makespan else 0.0
     return made
 
@@ -176,15 +185,20 @@ def of_jobs(made: Sequence[Job], seconds: Mapping[str, float]) -> list[Task]:
             shares = [Task(f"{job.key}/{n}", each, wants, needs, limit) for n in range(job.need.shards)]
             tasks += shares
             takes, needs = takes - seconds[job.shared.id], needs | {share.key for share in shares}
-        tasks.append(Task(job.key, takes, wants, needs, limit))
+        tasks.append(Task(job.key, takes, wants, needs, limit, job.need.nodes))
     return tasks
 
 
-def of_stages(stages: Sequence[Stage], seconds: Mapping[str, float]) -> list[Task]:
-    """Stages as tasks of one slot each, as the local launcher's workers run them."""
+def of_stages(stages: Sequence[Stage], seconds: Mapping[str, float], gpus: int = 0) -> list[Task]:
+    """Stages as tasks of one slot each, as the local launcher's workers run them. gpus: that there are to deal."""
     new = {stage.id for stage in stages}
     return [
-        Task(stage.id, seconds[stage.id], (0, 1, 0), frozenset(item.id for item in stage.stages if item.id in new))
+        Task(
+            stage.id,
+            seconds[stage.id],
+            (min(stage.config.gpus, gpus), 1, 0),
+            frozenset(item.id for item in stage.stages if item.id in new),
+        )
         for stage in stages
     ]
 
@@ -234,12 +248,14 @@ def here(planned: Planned) -> Outlook:
     """On this machine's workers."""
     resources, new = planned.config.resources, planned.new
     seconds = _seconds(planned)
-    cuda = resources.device == "cuda" or (resources.device == "auto" and shutil.which("nvidia-smi") is not None)
+    found = devices.gpus(resources)
+    cuda = resources.device == "cuda" or bool(found)
     made = Outlook(unknown=_unknown(planned))
-    made.gpu_hours = sum(seconds[stage.id] * jobs.gpus(stage) for stage in new) * cuda / 3600
+    made.gpu_hours = sum(seconds[stage.id] * stage.config.gpus for stage in new) * cuda / 3600
     made.cpu_hours = sum(seconds.values()) * resources.threads / 3600
     workers = resources.workers
-    schedule = simulate(of_stages(new, seconds), [(0, workers, 0)])
+    dealt = len(found) if workers > 1 else 0
+    schedule = simulate(of_stages(new, seconds, dealt), [(dealt, workers, 0)])
     made.on[f"{workers} worker{'s' * (workers > 1)}"] = schedule
     return made
 
@@ -256,8 +272,8 @@ def cluster(planned: Planned) -> Outlook:
     tasks = of_jobs(grouped, seconds)
     startup, most = resources.slurm.startup_seconds, resources.slurm.max_jobs
     made = Outlook(unknown=_unknown(planned))
-    made.gpu_hours = sum(task.wants[0] * (task.seconds + startup) for task in tasks) / 3600
-    made.cpu_hours = sum(task.wants[1] * (task.seconds + startup) for task in tasks) / 3600
+    made.gpu_hours = sum(task.nodes * task.wants[0] * (task.seconds + startup) for task in tasks) / 3600
+    made.cpu_hours = sum(task.nodes * task.wants[1] * (task.seconds + startup) for task in tasks) / 3600
     if not planned.config.dry_run:
         return made
     for gpus in resources.slurm.simulate or ():
@@ -275,4 +291,4 @@ def _seconds(planned: Planned) -> dict[str, float]:
 
 def _unknown(planned: Planned) -> int:
     """Of stages that take longer than seconds."""
-    return sum(planned.expected[stage.id].seconds is None and not jobs.light(stage) for stage in planned.new)
+    return sum(planned.expected[stage.id].seconds is None and not stage.config.light for stage in planned.new)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import pickle
@@ -30,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from evolve import jobs, snapshot
 from evolve.config import ConfigError, Resources
 from evolve.jobs import Job
-from evolve.store import Lease, Stage, Store, digest
+from evolve.store import Corrupt, Lease, Stage, Store, append, digest, seal, unseal
+from evolve.store import replace as replace_file
 
 if TYPE_CHECKING:
     from evolve.launch import Planned
@@ -48,20 +48,24 @@ class Full(Exception):
 
 @dataclass(frozen=True)
 class Queued:
-    """A job in Slurm's queue. reason: why it waits."""
+    """A job in Slurm's queue, or an array of several. reason: why it waits. user: whose it is, by number."""
 
     id: str
     state: str
     reason: str
+    user: str
+    tasks: int = 1
 
 
 @dataclass
 class Submission:
-    """What a command submitted. left: jobs that the site took no more of; a job of their own submits them later."""
+    """What a command submitted. left: jobs that the site took no more of. rest: whether a job submits them later."""
 
     jobs: dict[str, str] = field(default_factory=dict)  # Slurm's id by key
     attached: int = 0  # stages that jobs in the queue make already
+    earlier: int = 0  # of those jobs, how many were asked for with other resources
     left: int = 0
+    rest: bool = False
 
 
 def folder(store: Store, key: str = "") -> Path:
@@ -74,31 +78,38 @@ def tag(store: Store) -> str:
     return digest(str(store.root.resolve()))[:8]
 
 
-def queue(store: Store) -> dict[str, Queued]:
-    """The store's jobs that wait or run, by key; of all users. Raises ConfigError where Slurm can't be asked."""
-    found = {}
-    for line in _slurm(["squeue", "--noheader", "--all", "--format=%i|%T|%r|%k"]).splitlines():
-        number, state, reason, comment = (*line.split("|", 3), "", "", "")[:4]  # others' comments may hold line ends
+def queue(store: Store, patience: float = 60) -> dict[str, Queued]:
+    """The store's jobs that wait or run, by key; of all users; of an array, one that runs if any does.
+
+    patience: seconds to ask again in, where Slurm's controller is away. Raises ConfigError where it can't be asked.
+    """
+    found: dict[str, Queued] = {}
+    command = ["squeue", "--noheader", "--all", "--array", "--format=%i|%T|%r|%U|%k"]
+    for line in _slurm(command, patience).splitlines():
+        number, state, reason, user, comment = (*line.split("|", 4), *[""] * 4)[:5]  # others' comments hold line ends
         words = comment.split(":")
-        if words[:2] == ["evolve", tag(store)] and len(words) == 3:
-            found[words[2]] = Queued(number.split("_")[0], state, reason)  # of an array's jobs, the array's
+        if words[:2] != ["evolve", tag(store)] or len(words) != 3:
+            continue
+        known = found.get(words[2])
+        shown = Queued(number.split("_")[0], state, reason, user) if known is None or state == "RUNNING" else known
+        found[words[2]] = replace(shown, tasks=1 + (known.tasks if known else 0))
     return found
 
 
-def _slurm(command: Sequence[str]) -> str:
-    """What a command of Slurm's says; asked again for a minute where its controller doesn't answer."""
-    deadline = time.time() + 60
+def _slurm(command: Sequence[str], patience: float = 60) -> str:
+    """What a command of Slurm's says; asked again where its controller doesn't answer."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except FileNotFoundError:
             raise ConfigError(f"hydra/launcher=slurm: there is no {command[0]} here; run this where Slurm is") from None
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # it may have been heard all the same, so it is not said twice
             raise ConfigError(f"{command[0]}: no answer from Slurm in a minute") from None
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split())
-        if time.time() > deadline or "Unable to contact" not in said:
+        if time.monotonic() > deadline or "Unable to contact" not in said:
             raise ConfigError(f"{command[0]}: {said}")
         time.sleep(2)
 
@@ -108,9 +119,14 @@ def live(store: Store, there: Mapping[str, Queued]) -> dict[str, tuple[str, str]
     found: dict[str, tuple[str, str]] = {}
     for key, queued in there.items():
         try:
-            stages = json.loads((folder(store, key) / "stages.json").read_text())["stages"]
+            stages = unseal((folder(store, key) / "stages.json").read_bytes())["stages"]
         except FileNotFoundError:  # the job that submits what is left
             continue
+        except Corrupt:
+            path = folder(store, key) / "stages.json"
+            raise ConfigError(
+                f"{path}: damaged, so what job {queued.id} makes isn't known; wait for its end, or scancel {queued.id}"
+            ) from None
         found |= dict.fromkeys(stages, (key, queued.id))
     return found
 
@@ -123,6 +139,7 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
     return {
         "job_name": f"evolve-{'-'.join(kinds) if len(kinds) < 4 else f'{kinds[0]}-to-{job.stages[-1].kind}'}",
         "time": need.minutes,
+        "nodes": need.nodes,
         "cpus_per_task": need.cpus,
         "mem": need.memory,
         "gpus_per_node": need.gpus or None,
@@ -132,8 +149,9 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
         "constraint": slurm.constraint,
         "signal_delay_s": slurm.signal_seconds,
         "setup": [*slurm.setup, *(f"export {name}={shlex.quote(it)}" for name, it in snapshot.environment().items())],
-        # Of itself, srun gives a step one CPU of the job's since Slurm 22.05.
-        "srun_args": [f"--cpus-per-task={need.cpus}", "--kill-on-bad-exit=1"],
+        # Of itself, srun gives a step one CPU of the job's since Slurm 22.05. Of several nodes, one runs the job; what
+        # spreads over all of them is started from there (ranks.py).
+        "srun_args": ["--nodes=1", "--ntasks=1", f"--cpus-per-task={need.cpus}", "--kill-on-bad-exit=1"],
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": {
@@ -144,14 +162,21 @@ def parameters(job: Job, resources: Resources) -> dict[str, Any]:
     }
 
 
+def asked(job: Job, resources: Resources) -> str:
+    """A digest of what is asked of Slurm for a job, whatever the code that it runs."""
+    slurm = resources.slurm
+    assert slurm is not None
+    return digest([{**parameters(job, resources), "setup": slurm.setup}, slurm.python, job.need.shards])
+
+
 @contextlib.contextmanager
-def _turn(store: Store) -> Iterator[None]:
-    """One process at a time submits to a store, so that each of two sweeps sees what the other has submitted."""
-    began, said = time.time(), False
+def turn(store: Store) -> Iterator[None]:
+    """One process at a time submits to a store, or cancels, so that each sees what the other has done."""
+    began, said = time.monotonic(), False
     while (lease := Lease.take(store.root / ".submit.lease", store.lease_timeout)) is None:
-        if not said and time.time() - began > 5:
+        if not said and time.monotonic() - began > 5:
             said = True
-            print(f"wait    another process submits to {store.root}", file=sys.stderr)
+            print(f"wait    another process submits or cancels jobs of {store.root}", file=sys.stderr)
         time.sleep(0.5)
     with lease:
         yield
@@ -168,38 +193,41 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
     check(resources)
     assert resources.slurm is not None
     tried = set(again.with_suffix(".tried").read_text().split()) if again else set()
-    with _turn(store):
+    with turn(store):
         # A job that ends may be one that goes back into the queue: which it is will be seen.
-        deadline, there = time.time() + 60, queue(store)
-        while time.time() < deadline and any(one.state == "COMPLETING" for one in there.values()):
+        deadline, there = time.monotonic() + 60, queue(store)
+        while time.monotonic() < deadline and any(one.state == "COMPLETING" for one in there.values()):
             time.sleep(1)
             there = queue(store)
+        there = _whole(store, there)
         under_way = live(store, there)
         done = {stage.id for stage in planned.graph.stages.values() if store.record(stage) is not None}
         todo = jobs.group(_reachable(planned.graph.stages.values(), done, under_way, tried), resources)
-        later = there.pop(
-            rest(planned.folder), None
-        )  # what submits the rest: this very job, or one of an earlier command
-        if later and again is None:
+        # What submits the rest: this very job, or one of an earlier command; another user's goes on.
+        later = there.pop(rest(planned.folder), None)
+        others = later is not None and later.user != str(os.getuid())
+        if later and again is None and not others:
             cancel([later.id])
-        made = Submission(attached=sum(stage in under_way for stage in planned.graph.stages))
-        _note(planned, {stage: job for stage, job in under_way.items() if stage in planned.graph.stages})
+        mine = {s: job for s, job in under_way.items() if s in planned.graph.stages and s not in done}
+        made = Submission(attached=len(mine), earlier=_earlier(planned, {key for key, _ in mine.values()}))
+        note(planned.folder, stages=mine)
         sizes = {job.key: 1 if job.shared is None else 1 + job.need.shards for job in todo}
-        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - len(there)
-        room -= sum(sizes.values()) > room  # for the job that submits the rest
-        number_of = {stage: number for stage, (_, number) in under_way.items()}
+        queued = sum(one.tasks for one in there.values())
+        room = math.inf if resources.slurm.max_jobs is None else resources.slurm.max_jobs - queued
+        room = max(0, room - (sum(sizes.values()) > room))  # for the job that submits the rest
+        number_of = {
+            s: number for s, (_, number) in under_way.items() if s not in done
+        }  # what is done waits for nobody
         taken = 0
         for job in todo:
             needs = sorted({number_of[item] for item in job.inputs if item in number_of}, key=_by_number)
             try:
                 taken += sizes[job.key]
                 if taken > room:
-                    raise Full(
-                        f"resources.slurm.max_jobs={resources.slurm.max_jobs}, and {len(there)} are in the queue"
-                    )
+                    raise Full(f"resources.slurm.max_jobs={resources.slurm.max_jobs}, and {queued} are in the queue")
                 made.jobs[job.key] = number = _submit(job, planned, needs)
             except Full as full:
-                if not made.jobs and not under_way:
+                if not made.jobs and not there:
                     raise ConfigError(f"no room for a single job: {full}") from None
                 made.left = len(todo) - len(made.jobs)
                 break
@@ -207,11 +235,31 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
                 before = f"; {len(made.jobs)} jobs were submitted before, and go on" if made.jobs else ""
                 raise ConfigError(f"{error}{before}") from None
             number_of |= {stage.id: number for stage in job.stages}
-            _note(planned, {stage.id: (job.key, number) for stage in job.stages})
+            note(planned.folder, stages={stage.id: (job.key, number) for stage in job.stages})
         if made.left:
-            mine = [number for stage, (_, number) in under_way.items() if stage in planned.graph.stages]
-            _leave(planned, again, todo, made, tried, list(dict.fromkeys(mine)))
+            waits = [number for _, number in mine.values()] or [one.id for one in there.values()]
+            made.rest = (others and again is None) or _leave(
+                planned, again, todo, made, tried, list(dict.fromkeys(waits))
+            )
     return made
+
+
+def _whole(store: Store, there: Mapping[str, Queued]) -> dict[str, Queued]:
+    """The queue without what was cut short of this user's submissions, which is cancelled.
+
+    That is jobs that have nothing to run, as submitit puts it into its place once sbatch has returned; and shares that
+    no job follows.
+    """
+    for _ in range(10):  # what another machine has just written may take some seconds to be seen
+        places = {key: folder(store, key.removesuffix("-shares")) for key in there}
+        cut = {key for key, one in there.items() if not any(places[key].glob(f"{one.id}_*submitted.pkl"))}
+        cut |= {key for key in there if places[key].name not in there.keys() - cut}
+        cut = {key for key in cut if there[key].user == str(os.getuid())}
+        if not cut:
+            break
+        time.sleep(2)
+    cancel(there[key].id for key in cut)
+    return {key: one for key, one in there.items() if key not in cut}
 
 
 def _by_number(identifier: str) -> tuple[int, ...]:
@@ -232,11 +280,22 @@ def _reachable(stages: Iterable[Stage], done: set[str], under_way: Collection[st
     return found
 
 
-def _note(planned: Planned, made: Mapping[str, tuple[str, str]]) -> None:
-    """For the sweep's status: which job makes which stage."""
-    if made:
-        with (planned.folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time()), "stages": made}) + "\n")
+def _earlier(planned: Planned, keys: Collection[str]) -> int:
+    """How many of these jobs, if of stages of this plan alone, were asked for with other resources than it has."""
+    differ = 0
+    for key in keys:
+        content = unseal((folder(planned.store, key) / "stages.json").read_bytes())
+        stages = [stage for stage_id in content["stages"] if (stage := planned.graph.stages.get(stage_id))]
+        if "asked" in content and len(stages) == len(content["stages"]):
+            now = [asked(job, planned.config.resources) for job in jobs.group(stages, planned.config.resources)]
+            differ += now != [content["asked"]]
+    return differ
+
+
+def note(sweep: Path, **what: Any) -> None:
+    """For status and cancel. stages: (key, Slurm's id) of the job that makes each; cancelled: Slurm's ids."""
+    if any(what.values()) or "cancelled" in what:
+        append(sweep / "jobs.jsonl", {"time": round(time.time()), **what})
 
 
 def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
@@ -247,11 +306,13 @@ def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
     store, resources = planned.store, planned.config.resources
     where = folder(store, job.key)
     where.mkdir(parents=True, exist_ok=True)
-    content = {"stages": [stage.id for stage in job.stages], "needs": job.need.model_dump()}
-    temporary = where / f".stages-{uuid.uuid4().hex[:8]}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.rename(where / "stages.json")
-    setting = Setting(Store(store.root, store.lease_timeout), resources, where, snapshot.code())
+    content = {
+        "stages": [stage.id for stage in job.stages],
+        "needs": job.need.model_dump(),
+        "asked": asked(job, resources),
+    }
+    replace_file(where / "stages.json", seal(content))
+    setting = Setting(Store(store.root, store.lease_timeout), resources, where, snapshot.code(), nodes=job.need.nodes)
     options = parameters(job, resources)
     waits = [f"afterok:{':'.join(needs)}"] if needs else []
     if job.shared is not None:
@@ -274,7 +335,7 @@ def _submit(job: Job, planned: Planned, needs: Sequence[str]) -> str:
 
 
 def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], resources: Resources) -> str:
-    """Slurm's id of a job, or of an array of several."""
+    """Slurm's id of a job, or of an array of several; asked again for a minute where the controller is away."""
     import submitit
     from submitit.core.utils import FailedJobError
 
@@ -284,15 +345,19 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
     except RuntimeError:
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), _outside():  # sbatch's words, which the error holds
-            return str(executor.submit_array(functions)[0].job_id).split("_")[0]
-    except FailedJobError as error:
-        said = " ".join(str(error).split())
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), _outside():  # sbatch's words, which the error holds
+                return str(executor.submit_array(functions)[0].job_id).split("_")[0]
+        except FailedJobError as error:
+            said = " ".join(str(error).split())
         limits = LIMIT.findall(said)
         if any("Submit" in limit for limit in limits) if limits else FULL.search(said):
-            raise Full(said) from None
-        raise ConfigError(said) from None
+            raise Full(said)
+        if time.monotonic() > deadline or "Unable to contact" not in said:  # otherwise it may have been heard
+            raise ConfigError(said)
+        time.sleep(2)
 
 
 @contextlib.contextmanager
@@ -315,11 +380,11 @@ def rest(sweep: Path) -> str:
 
 def _leave(
     planned: Planned, plan: Path | None, todo: Sequence[Job], made: Submission, tried: set[str], before: list[str]
-) -> None:
-    """A job of its own submits what is left, once the last of the others have ended.
+) -> bool:
+    """Whether a job of its own submits what is left, once the last of the others have ended.
 
-    Where the site has no room for it, the last job that was submitted makes room. Where none was and none is under way,
-    nothing is done: the same command goes on once there is room.
+    Where the site has no room for it, the last job that was submitted makes room, but for the only one to wait for; and
+    not where this is such a job already, which can go back into the queue itself.
     """
     from evolve.slurm_job import Rest
 
@@ -327,14 +392,16 @@ def _leave(
     assert resources.slurm is not None
     where = folder(store, rest(planned.folder))
     where.mkdir(parents=True, exist_ok=True)
+    again = plan is not None
     if plan is None:
         plan = where / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.pkl"
         plan.write_bytes(pickle.dumps(planned))
     small = Job((), resources.slurm.needs["small"])
-    while waits := [*before, *made.jobs.values()][-50:]:
+    while True:
         submitted = [stage.id for job in todo if job.key in made.jobs for stage in job.stages]
         plan.with_suffix(".new").write_text("\n".join([*tried, *submitted]) + "\n")
         plan.with_suffix(".new").rename(plan.with_suffix(".tried"))
+        waits = [*before, *made.jobs.values()][-50:]
         options = {
             **parameters(small, resources),
             "job_name": "evolve-rest",
@@ -343,15 +410,14 @@ def _leave(
         }
         try:
             _sbatch([Rest(plan)], where, options, resources)
+            return True
         except Full:
-            if not made.jobs:
-                return
-            key, last = made.jobs.popitem()
-            shares = queue(store).get(f"{key}-shares")
-            cancel([last, *([shares.id] if shares else [])])
-            made.left += 1
-        else:
-            return
+            if again or not made.jobs or len(waits) == 1:
+                return False
+        key, last = made.jobs.popitem()
+        shares = queue(store).get(f"{key}-shares")
+        cancel([last, *([shares.id] if shares else [])])
+        made.left += 1
 
 
 def cancel(numbers: Iterable[str]) -> None:

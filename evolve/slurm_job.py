@@ -2,8 +2,9 @@
 
     a stage fails            tried again as resources.retries says, then the job fails, and Slurm cancels what needs it
     another process has it   the job goes back into the queue: nothing is held while it waits
-    time limit, preemption   told: workers stop, the job goes back and goes on from the last checkpoint
+    time limit, preemption   told: workers stop, the job goes back and goes on from what the stage has kept, if it does
     node failure, SIGKILL    Slurm puts it back into the queue
+    cancelled                told as well: workers stop, and the job ends
 
 A job that comes back finds in the store what it finished. `events.jsonl` in its folder says what happened, for status.
 """
@@ -11,7 +12,6 @@ A job that comes back finds in the store what it finished. `events.jsonl` in its
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from evolve import snapshot
-from evolve.store import Stage
+from evolve.store import Corrupt, Stage, append, replace, seal, unseal
 from evolve.workers import Outcome, Progress, Setting, Workers
 
-GRACE = 900  # seconds after SIGTERM in which Slurm is to end this process
+REFUSED = ("presently disabled", "permission denied")  # what scontrol says where asking again is of no use
 PATIENCE = 3  # time-outs in a row without any progress after which a job has failed
 
 
@@ -49,8 +49,7 @@ class Events:
     def add(self, event: str, **about: Any) -> None:
         job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         line = {"time": round(time.time(), 1), "event": event, "job": job, "restarts": restarts, **about}
-        with (self.folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.folder / "events.jsonl", line)
         print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
 
     # what launch.run tells whoever watches
@@ -59,11 +58,10 @@ class Events:
         self.add("stage", stage=stage.id)
 
     def progress(self, stage: Stage, news: Progress) -> None:
-        if time.time() - self._shown > 5:
-            self._shown = time.time()
-            content = {"stage": stage.id, "done": news.done, "total": news.total, "time": self._shown}
-            (self.folder / ".progress").write_text(json.dumps(content))
-            (self.folder / ".progress").rename(self.folder / "progress.json")
+        if time.monotonic() - self._shown > 5 or news.done == news.total:
+            self._shown = time.monotonic()
+            content = {"stage": stage.id, "done": news.done, "total": news.total, "time": time.time()}
+            replace(self.folder / "progress.json", seal(content))
 
     def held(self, stage: Stage) -> None:
         self.add("held", stage=stage.id)
@@ -72,7 +70,8 @@ class Events:
         self.add("again", stage=stage.id, message=outcome.message)
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
-        self.add(outcome.status, stage=stage.id, message=outcome.message, log=str(outcome.log or ""))
+        log, seconds = str(outcome.log or ""), round(outcome.seconds, 1)
+        self.add(outcome.status, stage=stage.id, message=outcome.message, log=log, seconds=seconds)
 
 
 @dataclass
@@ -85,7 +84,14 @@ class Run:
     pool: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pool": None}
+        return {**self.__dict__, "pool": None, "ids": [stage.id for stage in self.stages]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises Corrupt where the stages are not those that were submitted: their file is damaged."""
+        ids = state.pop("ids")
+        self.__dict__ = state
+        if ids != [stage.id for stage in self.stages]:
+            raise Corrupt(f"{self.folder}: damaged since it was submitted; the sweep's command submits it again")
 
     def __call__(self) -> None:
         from evolve import launch
@@ -119,34 +125,34 @@ class Run:
             self.pool.close()
             events.add("back", message=f"{held} is being made by another process")
             requeue()
+            sys.exit(1)
         except Told:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.pool.close()
-            events.add("back", message="told to go: preemption or cancellation")
-            time.sleep(GRACE)  # to end by itself now would be a failure, and what needs this job would be cancelled
+            leave(events)
             sys.exit(1)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done
         events.add("end")
 
-    def checkpoint(self) -> Any:
-        """Told to go: what is running stops, and goes on from its checkpoint when the job comes back."""
-        from submitit.helpers import DelayedSubmission
+    def checkpoint(self) -> None:
+        """Told to go: what is running stops, and goes on from what it has kept when the job comes back.
 
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's handler doesn't stand being called twice
-        # scontrol inherits it: what asks for the requeue must not die of the signal that the requeue sends.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Raises SystemExit once it is there: submitit would ask Slurm but once, and fail where there is no answer.
+        """
+        deaf()
         events = Events(self.folder)
         if self.pool is not None:
             self.pool.close()
         if self._stuck():
-            minutes = "resources.slurm.needs.*.minutes"
             message = (
-                f"was told to go {PATIENCE} times and had got nowhere since the time before; is {minutes} too small?"
+                f"was told to go {PATIENCE} times and had kept nothing new since the time before; it needs more "
+                "resources.slurm.needs.*.minutes, or, if it trains, fewer trainer.checkpoint_minutes"
             )
             events.add("failed", stage=self._next(), message=message)
-            return None
+            return
         events.add("back", message="told to go: time limit or preemption")
-        return DelayedSubmission(self)
+        requeue()
+        sys.exit(1)
 
     def _next(self) -> str:
         store = self.setting.store
@@ -164,9 +170,11 @@ class Run:
             replies = sum(1 for _ in store.judgments.rglob("*")) if stage.kind == "compare" else 0
             kept.append([str(store.record(stage) is not None), str(replies), *files])
         path = self.folder / "requeues.json"
-        seen: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        seen: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, Corrupt):
+            seen = unseal(path.read_bytes())
         times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
-        path.write_text(json.dumps({"kept": kept, "job": job, "times": times}))
+        replace(path, seal({"kept": kept, "job": job, "times": times}))
         return bool(times >= PATIENCE)
 
 
@@ -178,19 +186,77 @@ class Rest:
 
     def __call__(self) -> None:
         from evolve import slurm
+        from evolve.config import ConfigError
 
-        made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
-        print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
+        snapshot.hold()
+        try:
+            made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
+            print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
+            why = "" if made.rest or not made.left else "no room in the queue"
+        except ConfigError as error:
+            why = str(error)
+        if why:
+            deaf()
+            Events(self.plan.parent).add("back", message=why)
+            requeue()
+            sys.exit(1)
 
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
+    def checkpoint(self) -> None:
+        deaf()
+        requeue()
+        sys.exit(1)
 
-        return DelayedSubmission(self)
+
+def deaf() -> None:
+    """What tells a job to go has no effect any more.
+
+    submitit's handler doesn't stand being called twice; and scontrol inherits it: what asks for the requeue must not
+    die of the signal that the requeue sends.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def number() -> str:
+    """This job as Slurm's commands name it; of an array's, itself alone."""
+    share = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{share}" if share else os.environ["SLURM_JOB_ID"]
+
+
+def leave(events: Events) -> None:
+    """Ends a job that got SIGTERM: at once where Slurm has decided on it already, and else when Slurm ends it.
+
+    Slurm preempts with a grace period, in which the job counts as running: it goes back by itself, and holds nothing.
+    Without one, or cancelled, the job is ending, and how it does no longer counts. Where Slurm has decided nothing
+    within a minute, the signal was somebody else's, and the job goes back as well.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        command = ["scontrol", "--oneliner", "show", "job", number()]
+        shown = subprocess.run(command, capture_output=True, text=True).stdout
+        said = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        if said and said["JobState"] != "RUNNING":
+            events.add("ended", message=f"told to go: {said['JobState'].lower()}")
+            return
+        preempted = said.get("PreemptTime", "None") != "None"
+        if preempted or (said and time.monotonic() > deadline):
+            events.add("back", message=f"told to go: {'preemption' if preempted else 'SIGTERM, not by Slurm'}")
+            requeue()
+            return
+        time.sleep(2)  # to end by itself now would be a failure, and what needs this job would be cancelled
 
 
 def requeue() -> None:
-    """Back into the queue; Slurm ends this process, which ignores SIGTERM by now, as scontrol then does."""
-    while subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]).returncode:
+    """Back into the queue; how the job ends then no longer counts. SIGTERM is ignored by now, as scontrol then does.
+
+    Raises RuntimeError where Slurm refuses for good: the job fails, and the same command submits it again.
+    """
+    while True:
+        done = subprocess.run(["scontrol", "requeue", number()], capture_output=True, text=True)
+        if not done.returncode:
+            return
+        said = " ".join(done.stderr.split())
+        print(said, file=sys.stderr, flush=True)
+        if any(words in said for words in REFUSED):
+            raise RuntimeError(f"could not go back into the queue: {said}")
         time.sleep(5)  # the controller is away
-    time.sleep(GRACE)
-    sys.exit(1)

@@ -5,7 +5,8 @@ A local folder or file is the hash of its content; a hub id is the commit that i
 
 from __future__ import annotations
 
-import json
+import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from evals.needs import File
 from evolve import snapshot
 from evolve.config import ConfigError, Data, find
-from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, has_pair, is_file, ordered, read
-from evolve.store import Source, digest, hash_file
+from evolve.data import EMBEDDED_VERSION, NO_PAIRS, DataError, Row, has_pair, is_file, ordered, read, same
+from evolve.store import Corrupt, Source, digest, hash_file, replace, seal, unseal
 
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -28,7 +29,7 @@ class Resolver:
     def __init__(self, cache: Path | None, unpinned: bool = False):
         self.cache, self.unpinned = cache, unpinned
         self._seen: dict[tuple[Any, ...], Source] = {}
-        self._usable_rows: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._usable_rows: dict[tuple[Any, ...], tuple[int, int] | None] = {}
         self._checked: set[tuple[int, ...]] = set()
         self.warnings: list[str] = []
         self._unreachable: Exception | None = None
@@ -134,9 +135,7 @@ class Resolver:
         """That a local file has the rows which the splits ask for, before any work. Raises ConfigError."""
         if data.path == "embedded":
             self._check_embedded(data, iterations)
-        if data.eval_path is not None and is_file(data.eval_path):
-            self._usable("data.eval_path", data.eval_path, data)
-        found = self._usable("data.path", data.path, data) if is_file(data.path) else None
+        found = self.usable(data)
         if found is None:
             return
         have, have_pairs = found
@@ -159,21 +158,36 @@ class Resolver:
                 f"data.path={data.path}: has {have} usable rows, and {parts} = {sum(wants.values())} are asked"
             )
 
-    def _usable(self, key: str, path: str, data: Data) -> tuple[int, int] | None:
-        """How many usable rows a local file has, and how many with a pair; None if it is too large to be read now."""
+    def usable(self, data: Data) -> tuple[int, int] | None:
+        """How many usable rows there are whose prompts no file of held-out ones has, and how many with a pair.
+
+        None where a plan can't know: a file is too large to be read now, or they are the hub's. Raises ConfigError.
+        """
+        known = (data.path, data.eval_path, data.split, data.prompt, data.gold, data.seed, data.max_characters)
+        if known not in self._usable_rows:
+            held_out = [] if data.eval_path is None else self._rows("data.eval_path", data.eval_path, data)
+            rows = self._rows("data.path", data.path, data)
+            if rows is not None and held_out is not None:
+                prompts = {same(row["prompt"]) for row in held_out}
+                rows = [row for row in rows if same(row["prompt"]) not in prompts]
+                self._usable_rows[known] = len(rows), sum(map(has_pair, rows))
+            else:
+                self._usable_rows[known] = None
+        return self._usable_rows[known]
+
+    def _rows(self, key: str, path: str, data: Data) -> list[Row] | None:
+        """A local file's usable rows; None if it is too large to be read now, or is none."""
+        if not is_file(path):
+            return None
         file = find(path)
         if file is None:
             raise ConfigError(f"{key}={path}: no such file")
         if file.stat().st_size > 100 * 2**20:
             return None  # reading it would take longer than a plan may; the data stages say the same, early
-        known = ("rows", path, data.prompt, data.gold, data.seed, data.max_characters)
-        if known not in self._usable_rows:
-            try:
-                rows, _ = ordered(read(str(file), data.split, data.prompt, data.gold), data.seed, data.max_characters)
-            except (DataError, OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{key}={path}{str(error).removeprefix(str(file))}") from None
-            self._usable_rows[known] = len(rows), sum(map(has_pair, rows))
-        return self._usable_rows[known]
+        try:
+            return ordered(read(str(file), data.split, data.prompt, data.gold), data.seed, data.max_characters)[0]
+        except (DataError, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{key}={path}{str(error).removeprefix(str(file))}") from None
 
     def _content(self, path: Path) -> str:
         """Of a file, or of a folder's files with their names."""
@@ -190,12 +204,13 @@ class Resolver:
         name = digest([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])[:32]
         entry = self.cache / f"{name}.json"
         try:
-            return json.loads(entry.read_text())["sha256"]
-        except (FileNotFoundError, ValueError, KeyError):
+            return str(unseal(entry.read_bytes())["sha256"])
+        except (FileNotFoundError, Corrupt, KeyError):
             value = hash_file(file)
         if not self.unpinned:  # a plan writes nothing
-            self.cache.mkdir(parents=True, exist_ok=True)
-            entry.write_text(json.dumps({"sha256": value, "file": str(file)}))
+            with contextlib.suppress(OSError):  # it only saves work
+                self.cache.mkdir(parents=True, exist_ok=True)
+                replace(entry, seal({"sha256": value, "file": str(file)}))
         return value
 
     def _commit(self, kind: str, name: str, revision: str | None, key: str) -> str:
@@ -229,7 +244,7 @@ class Resolver:
                     return cached
             if self.unpinned:
                 self.warnings.append(f"{key}={name}: the hub can't be reached, so its revision is open")
-                return f"unresolved-{revision or 'main'}"
+                return f"unresolved-{kind}-{name}-{revision or 'main'}"
             raise ConfigError(
                 f"{key}={name}: not in the local cache, and the hub can't be reached ({type(error).__name__}); "
                 f"give a local folder or file with {key}="
@@ -244,7 +259,7 @@ def _name(path: Path) -> str:
 def fetch(source: Source, cache: Path) -> Path:
     """Where a source's content lies on this machine, downloaded if it is the hub's.
 
-    Raises RuntimeError if a local source has changed since the plan was made.
+    Raises RuntimeError if a local source has changed since the plan was made, or isn't seen from here.
     """
     local = snapshot.frozen(Path(source.path))
     if source.path == "embedded":
@@ -258,6 +273,10 @@ def fetch(source: Source, cache: Path) -> Path:
         if now != source.digest:
             raise RuntimeError(f"{source.path} has changed since this sweep was started; start it again")
         return local
+    if local.is_absolute():  # what is the hub's has no such name
+        raise RuntimeError(
+            f"{source.path}: not there as {socket.gethostname()} sees it; put it where all machines that run stages do"
+        )
     if source.kind == "model":
         from huggingface_hub import snapshot_download
 

@@ -12,8 +12,8 @@ files' sizes when planning, the files' hashes before a stage reads them. What fa
 `quarantine/` and made again.
 
 Lease. A stage that is being built has a lease: a file that appears by an atomic hard link, touched as a heartbeat. It
-is taken over when its process is gone (same machine) or its heartbeat is (another machine). It only saves work:
-were two to build the same stage, the first commit stands.
+is taken over when its process is gone (same machine) or its heartbeat is (another machine, or a damaged file). It only
+saves work: were two to build the same stage, the first commit stands.
 
     <output>/store/<kind>/<hash>/record.json, ...      .tmp-*  being built      .<hash>.lease  held
 """
@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from pydantic import BaseModel
@@ -56,6 +56,59 @@ def canonical(value: Any) -> str:
 def digest(value: Any) -> str:
     """SHA-256 of canonical JSON, hexadecimal."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def seal(value: Mapping[str, Any], indent: int | None = 1) -> str:
+    """JSON that says whether it is still what was written: with a checksum of the rest."""
+    return json.dumps({**value, "checksum": digest(value)}, indent=indent) + "\n"
+
+
+def unseal(text: bytes) -> dict[str, Any]:
+    """What was sealed. Raises Corrupt if it isn't what was written; takes what never had a checksum as it is."""
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise Corrupt(f"unreadable ({error})") from None
+    checksum = value.pop("checksum", None)
+    if checksum is not None and checksum != digest(value):
+        raise Corrupt("not what was written")
+    return value
+
+
+def append(path: Path, value: Mapping[str, Any]) -> None:
+    """One more sealed line, apart from one that was left half written."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + seal(value, indent=None).encode())
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What `append` wrote. Lines that aren't as they were written, or not yet, are left out."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(Corrupt):
+            yield unseal(line)
+
+
+def replace(path: Path, text: str) -> None:
+    """A file's content, whole or not at all, whenever this process is killed or the disk is full."""
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_up(folder: Path, like: Path) -> None:
+    """Gives a folder's files the rights of one that was just written: safetensors writes for its owner alone,
+    whatever the umask says, and a store may have several users."""
+    for path in folder.rglob("*"):
+        if path.is_file() and (mode := path.stat().st_mode) | like.stat().st_mode != mode:
+            path.chmod(mode | like.stat().st_mode)
 
 
 def hash_file(path: Path) -> str:
@@ -102,14 +155,47 @@ class Source:
         return f"{self.kind}@{self.digest}"
 
 
+class StageConfig(Section):
+    """What decides a stage's result: the base of each kind's Config. What it says of the kind enters no identity.
+
+    LIGHT: takes seconds, and no GPU. SHARED: several jobs can make its rows at once (parts.py). SPREADS: its ranks can
+    be on several machines. COUNTED: which of its record's values says how much it did; None: none does. FOLLOWS: what
+    the names of the inputs begin with that this follows from.
+    """
+
+    LIGHT: ClassVar[bool] = False
+    SHARED: ClassVar[bool] = False
+    SPREADS: ClassVar[bool] = False
+    COUNTED: ClassVar[str | None] = None
+    FOLLOWS: ClassVar[str | None] = None
+
+    @property
+    def light(self) -> bool:
+        return self.LIGHT
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it uses, on a machine that has some."""
+        return 0 if self.light else 1
+
+    @property
+    def ranks(self) -> int:
+        """How many processes, each with a device, run it together (ranks.py)."""
+        return 1
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """One node of the graph: `(typed config, input artefacts) -> one folder`."""
 
     kind: str
     version: int
-    config: Section
+    config: StageConfig
     inputs: Mapping[str, Stage | Source] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the identity: who reads it back finds out by itself, from what it is going to run."""
+        return {"kind": self.kind, "version": self.version, "config": self.config, "inputs": self.inputs}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -219,6 +305,16 @@ class Store:
             if hash_file(self.folder(stage_id) / name) != entry["sha256"]:
                 raise Corrupt(f"{stage_id}: {name} is not what was written")
 
+    def content(self, stage_id: str, name: str) -> bytes:
+        """A file of a result. Raises Corrupt if it isn't what its record says, or there is no record."""
+        record = self.read(stage_id)
+        if record is None:
+            raise Corrupt(f"{stage_id}: gone")
+        content = (self.folder(stage_id) / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != record["files"][name]["sha256"]:
+            raise Corrupt(f"{stage_id}: {name} is not what was written")
+        return content
+
     def quarantine(self, stage_id: str) -> None:
         """Moves a broken result out of the way; whoever is second finds nothing left to move."""
         aside = self.root / "quarantine" / f"{stage_id.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
@@ -232,15 +328,19 @@ class Store:
         final = self.folder(stage.id)
         final.parent.mkdir(parents=True, exist_ok=True)
         for note in final.parent.glob(f".tmp-{final.name}-*.owner"):  # of builds that were killed on this machine
-            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-                if ended(json.loads(note.read_text())):
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    over = ended(unseal(note.read_bytes()))
+                except (Corrupt, KeyError, TypeError):  # killed while it wrote the note; the lease is ours now
+                    over = True
+                if over:
                     shutil.rmtree(note.with_suffix(""), ignore_errors=True)
                     note.unlink(missing_ok=True)
         temporary = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
         owner = temporary.with_suffix(".owner")
-        owner.write_text(json.dumps(this_process()))
-        temporary.mkdir()
         try:
+            owner.write_text(seal(this_process()))
+            temporary.mkdir()
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -273,7 +373,8 @@ class Store:
             **asdict(report),
             **provenance,
         }
-        (built / RECORD).write_text(json.dumps({**record, "checksum": digest(record)}, indent=1) + "\n")
+        (built / RECORD).write_text(seal(record))
+        open_up(built, like=built / RECORD)
         _sync(built / RECORD)
         for folder in [built, *(path for path in built.rglob("*") if path.is_dir())]:
             _sync(folder)
@@ -330,12 +431,17 @@ class Store:
         records = (self._whole(f"{kind}/{name}") for _, name in by_age)
         return list(itertools.islice((record for record in records if record is not None), count))
 
-    def litter(self) -> list[Path]:
-        """What no record refers to: what was left over, and broken results."""
-        return self.left_over() + [self.folder(stage_id) for stage_id, record in self.records() if record is None]
+    def litter(self, days: float = 0) -> list[Path]:
+        """What no record refers to: what was left over, and broken results. days: as `left_over` has it."""
+        return self.left_over(days) + [self.folder(stage_id) for stage_id, record in self.records() if record is None]
 
-    def left_over(self) -> list[Path]:
-        """Folders being built by nobody, dead leases, quarantined results."""
+    def left_over(self, days: float = 0) -> list[Path]:
+        """Folders being built by nobody, dead leases, quarantined results.
+
+        days: how long what a stage can go on from stays without being added to: under Slurm, its job may be waiting,
+        and those that make shares of it hold no lease.
+        """
+        since = time.time() - 86400 * days
         found = list((self.root / "quarantine").glob("*"))
         for kind in self.kinds():
             folder = self.root / kind
@@ -344,11 +450,25 @@ class Store:
                 is_lease = name.endswith(".lease")
                 if not (is_lease or name.startswith((".tmp-", ".partial-"))):
                     continue  # the file system's own
+                if name.startswith(".partial-") and days and _newest(folder / name) > since:
+                    continue
+                if name.startswith(".tmp-lease-") and not is_lease:  # of who takes one, which is no matter of hours
+                    found += [folder / name] if _newest(folder / name) < time.time() - 3600 else []
+                    continue
                 lease = folder / (name if is_lease else f".{name.split('-')[1][:16]}.lease")
                 stale = Lease.is_stale(lease, self.lease_timeout)
                 if stale or not (is_lease or lease.exists()):
                     found.append(folder / name)
         return found
+
+
+def _newest(folder: Path) -> float:
+    """When a folder, or anything in it, was last written."""
+    found = 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that a newer one has just replaced
+            found = max(found, path.stat().st_mtime)
+    return found
 
 
 def _sync(path: Path) -> None:
@@ -376,21 +496,19 @@ class Lease:
         path.parent.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         mine = path.parent / f".tmp-lease-{token}"
-        mine.write_text(json.dumps({**this_process(), "token": token}))
         try:
+            mine.write_text(seal({**this_process(), "token": token}))
             for _ in range(3):
-                try:
-                    os.link(mine, path)
+                if cls._link(mine, path):
                     lease = cls(path, token, timeout)
                     lease._thread.start()
                     return lease
-                except FileExistsError:
-                    judged = cls._content(path)
-                    if judged is None:  # given back just now
-                        continue
-                    if not cls._is_stale(judged, path, timeout):
-                        return None
-                    cls._clear(path, judged, mine, timeout)
+                judged = cls._content(path)
+                if judged is None:  # given back just now
+                    continue
+                if not cls._is_stale(judged, path, timeout, look_again=True):
+                    return None
+                cls._clear(path, judged, mine, timeout)
             return None
         finally:
             mine.unlink(missing_ok=True)
@@ -402,9 +520,7 @@ class Lease:
         Without that, of two that see a dead lease the later one would remove what the earlier one has taken since.
         """
         clearing = path.parent / f".tmp-lease-of{path.name}"
-        try:
-            os.link(mine, clearing)
-        except FileExistsError:
+        if not cls._link(mine, clearing):
             if cls.is_stale(clearing, timeout):  # whoever cleared it was killed
                 clearing.unlink(missing_ok=True)
             return
@@ -413,6 +529,15 @@ class Lease:
                 path.unlink(missing_ok=True)
         finally:
             clearing.unlink(missing_ok=True)
+
+    @classmethod
+    def _link(cls, mine: Path, path: Path) -> bool:
+        """Whether the name is ours now; over NFS it may be and exist, where the answer was lost and it asked again."""
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            return cls._content(path) == mine.read_bytes()
+        return True
 
     @staticmethod
     def _content(path: Path) -> bytes | None:
@@ -428,12 +553,12 @@ class Lease:
         return content is not None and cls._is_stale(content, path, timeout)
 
     @classmethod
-    def _is_stale(cls, content: bytes, path: Path, timeout: float) -> bool:
+    def _is_stale(cls, content: bytes, path: Path, timeout: float, look_again: bool = False) -> bool:
+        """look_again: after two beats, for the server's clock may have jumped since the last one."""
         try:
-            holder = json.loads(content)
-            gone = ended(holder)
-        except (ValueError, KeyError, TypeError):
-            return True  # a lease appears whole, so this one is damaged
+            gone = ended(unseal(content))
+        except (Corrupt, KeyError, TypeError):
+            gone = None  # damaged, by no process that holds or takes it: the heartbeat says whether one holds it
         if gone is not None:
             return gone
         try:
@@ -442,8 +567,14 @@ class Lease:
             probe.touch()
             now = probe.stat().st_mtime
             probe.unlink()
-            return now - path.stat().st_mtime > timeout
-        except FileNotFoundError:
+            beat = path.stat().st_mtime
+            if abs(now - beat) <= timeout:
+                return False
+            if look_again:
+                time.sleep(timeout / 3)
+                return path.stat().st_mtime == beat
+            return True
+        except (FileNotFoundError, PermissionError):  # given back just now; seen by one who may only look
             return False
 
     def _beat(self, every: float) -> None:
@@ -466,11 +597,27 @@ class Lease:
 def this_process() -> dict[str, Any]:
     """This process: its machine and pid namespace (only there does a pid mean the same process), pid, and birth."""
     try:
-        space = os.stat("/proc/self/ns/pid").st_ino
+        space = f"{os.stat('/proc/self/ns/pid').st_ino}:{_BOOT.read_text().strip()}"
     except OSError:
-        space = 0
-    me = psutil.Process()
-    return {"host": f"{socket.gethostname()}:{space}", "pid": me.pid, "born": me.create_time()}
+        space = "0"
+    return {"host": f"{socket.gethostname()}:{space}", "pid": os.getpid(), "born": _born(os.getpid())}
+
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _born(pid: int) -> float:
+    """When a process began, by a clock that nobody sets: psutil's time moves with the machine's clock under Linux.
+
+    Raises psutil.NoSuchProcess.
+    """
+    process = psutil.Process(pid)
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # ticks since boot
+    except FileNotFoundError:
+        if _BOOT.exists():
+            raise psutil.NoSuchProcess(pid) from None
+        return process.create_time()
 
 
 def ended(process: Mapping[str, Any]) -> bool | None:
@@ -478,14 +625,17 @@ def ended(process: Mapping[str, Any]) -> bool | None:
     if process["host"] != this_process()["host"]:
         return None
     try:
-        found = psutil.Process(process["pid"])
-        return abs(found.create_time() - process["born"]) > 1 or found.status() == psutil.STATUS_ZOMBIE
+        pid = process["pid"]
+        return abs(_born(pid) - process["born"]) > 1 or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
-def provenance(code: Mapping[str, Any], started: float) -> dict[str, Any]:
-    """Where and with what a stage was made: for the record, never for the identity."""
+def provenance(code: Mapping[str, Any], started: float, seconds: float, devices: int) -> dict[str, Any]:
+    """Where and with what a stage was made: for the record, never for the identity.
+
+    started: in seconds since 1970; seconds: what it took, by a clock that nobody sets; devices: that worked at once.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -498,32 +648,36 @@ def provenance(code: Mapping[str, Any], started: float) -> dict[str, Any]:
         "code": dict(code),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(seconds, 3),
+        "devices": devices,
     }
 
 
 def main() -> int:
-    """python -m evolve.store [list | check | prune] [FOLDER]: the store under outputs/ or FOLDER.
+    """The store under outputs/ or FOLDER.
 
     list    every finished stage: when, how long, how big
-    check   reads every file and compares it with its record; exit 1 if something is broken
-    prune   removes what no record refers to: half-built folders, checkpoints, dead leases, broken results; what is
-            finished stays
+    check   reads every file and compares it with its record; what is broken is moved to quarantine/, for the sweep's
+            command to make again, and the exit status is 1
+    prune   removes what no record refers to: half-built folders, dead leases, broken results, and what unfinished
+            stages can go on from, once nothing was added to it for some days; what is finished stays
     """
+    import argparse
     import sys
 
-    words = sys.argv[1:]
-    if not words or words[0] not in ("list", "check", "prune") or len(words) > 2:
-        print(main.__doc__)
-        return 0 if {"-h", "--help"} & set(words) else 2
-    root = Path(words[1] if len(words) == 2 else "outputs")
-    root = root / "store" if (root / "store").is_dir() else root
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m evolve.store", description=main.__doc__, formatter_class=layout)
+    parser.add_argument("what", choices=("list", "check", "prune"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"))
+    parser.add_argument("--days", type=float, default=7, help="those days (7); a job may wait for so long in a queue")
+    given = parser.parse_args()
+    root = given.folder / "store" if (given.folder / "store").is_dir() else given.folder
     if not root.is_dir():
         print(f"error: {root}: no such folder", file=sys.stderr)
         return 2
     store = Store(root)
-    if words[0] == "list":
-        unreferred = len(store.left_over())
+    if given.what == "list":
+        unreferred = len(store.left_over(given.days))
         for stage_id, record in store.records():
             if record is None:
                 unreferred += 1
@@ -532,7 +686,7 @@ def main() -> int:
             print(f"{record['started']}  {record['seconds']:8.1f} s  {size / 2**20:9.2f} MiB  {stage_id}")
         print(f"{unreferred} things that no record refers to; prune removes them")
         return 0
-    if words[0] == "check":
+    if given.what == "check":
         broken = 0
         for stage_id in store.ids():
             try:
@@ -540,9 +694,11 @@ def main() -> int:
             except Corrupt as error:
                 broken += 1
                 print(error)
-        print(f"{broken} broken results" + ("; prune removes them" if broken else ""))
+                store.quarantine(stage_id)
+        aside = f"; moved to {root / 'quarantine'}, the sweep's command makes them again" if broken else ""
+        print(f"{broken} broken results{aside}")
         return 1 if broken else 0
-    for path in store.litter():
+    for path in store.litter(given.days):
         print(f"removed {path}")
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return 0

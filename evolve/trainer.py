@@ -7,6 +7,7 @@ normalisation over the whole step, and three checks: the layout, the values at s
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from evolve import losses, pairs
 from evolve.config import Lora, Optimiser, PreferenceWeights, SFTWeights, accumulation
 from evolve.pairs import EncodedPair
+from evolve.store import Corrupt, hash_file, open_up, replace, seal, unseal
 
 COMPLETE = "complete"  # a file that a checkpoint has once all of it is written
 
@@ -220,7 +222,27 @@ class PairTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            replace(folder / COMPLETE, seal({"files": _hashes(folder)}))
+            open_up(folder, like=folder / COMPLETE)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def _drop_broken(folder: Path) -> None:
+    """Removes checkpoints that were half written, and the newest ones until one is what was written."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+    while newest := last_checkpoint(folder):
+        with contextlib.suppress(Corrupt):
+            if unseal((newest / COMPLETE).read_bytes()).get("files") == _hashes(newest):
+                return
+        print(f"{newest}: not what was written; removed", flush=True)
+        shutil.rmtree(newest)
 
 
 def last_checkpoint(folder: Path, before: float = inf) -> Path | None:
@@ -368,12 +390,12 @@ def train(
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     if arguments.should_save:  # what was half written would push whole ones out as newer ones come
-        for path in folder.glob("checkpoint-*"):
-            if not (path / COMPLETE).exists():
-                shutil.rmtree(path)
+        _drop_broken(folder)
     trainer.accelerator.wait_for_everyone()
-    before = last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    before = [last_checkpoint(folder)]
+    if devices > 1:  # what one machine has just written, another may not see yet, and all must begin at the same step
+        torch.distributed.broadcast_object_list(before, src=0)
+    trainer.train(resume_from_checkpoint=None if before[0] is None else str(before[0]))
     model.config.use_cache = use_cache  # which the Trainer turns off, for whoever loads what is saved too
     seconds = time.monotonic() - started
     timing = {

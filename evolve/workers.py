@@ -1,12 +1,13 @@
 """Where stages run: in this process, or in warm worker processes beside it.
 
 A worker imports torch and transformers once (about ten seconds) and then runs one stage after another; one that has
-used a GPU ends after its stage, so that the memory comes back. A worker dies with its parent.
+used a GPU, or was given some, ends after its stage, so that the memory comes back. A worker dies with its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -22,9 +23,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from evolve import devices
 from evolve.config import ConfigError, Resources
 from evolve.parts import Shared
 from evolve.store import Corrupt, Report, Stage, Store, provenance
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where there is no room left
 
 
 @dataclass(frozen=True)
@@ -53,52 +57,65 @@ class Setting:
     logs: Path
     code: Mapping[str, Any]
     share: tuple[int, int] | None = None  # of a stage's rows, where other jobs make the rest (Context.share)
+    nodes: int = 1  # that the Slurm job has which this runs in; stages run on this one, but for their ranks
 
 
 def execute(stage: Stage, setting: Setting, progress: Any) -> Outcome:
-    """Builds one stage under its lease and commits it.
+    """Builds one stage under its lease and commits it; what it prints is added to its log.
 
     A share of its rows is made without: its process alone writes the file they are in, for whoever builds the stage.
     """
     store = setting.store
-    started = time.time()
-    log = setting.logs / f"{stage.id.replace('/', '-')}.log"
     try:
         lease = store.lease(stage) if setting.share is None else contextlib.nullcontext()
     except OSError as error:
-        return Outcome("failed", f"{store.root}: can't be written to ({error.strerror})", log)
+        return Outcome("failed", f"{store.root}: can't be written to ({error.strerror})")
     if lease is None:
         return Outcome("busy")
-    with lease:
-        try:
-            if store.record(stage) is not None:
-                return Outcome("reused")
-            inputs = {name: store.open(item) for name, item in stage.inputs.items()}
-            with store.build(stage) as folder:
-                try:
-                    report = _run(stage, inputs, folder, setting, progress)
-                except Shared:
-                    return Outcome("done", seconds=time.time() - started)
-                store.commit(stage, folder, report, provenance(setting.code, started))
-        except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit):
-                raise  # told to stop, not failed
-            known = isinstance(error, ConfigError | Corrupt | ValueError | OSError | RuntimeError)
+    try:
+        with lease, _logged(_log(stage, setting)):  # in this order: without the lease, the log may be in other hands
+            return _build(stage, setting, progress)
+    except OSError as error:
+        return Outcome("failed", f"{setting.logs}: can't be written to ({error.strerror})")
+
+
+def _build(stage: Stage, setting: Setting, progress: Any) -> Outcome:
+    store = setting.store
+    started, began = time.time(), time.monotonic()
+    try:
+        if store.record(stage) is not None:
+            return Outcome("reused")
+        inputs = {name: store.open(item) for name, item in stage.inputs.items()}
+        with store.build(stage) as folder:
+            try:
+                report = _run(stage, inputs, folder, setting, progress)
+            except Shared:
+                return Outcome("done", seconds=time.monotonic() - began)
+            devices = max(stage.config.gpus, 1)  # as many processes, where they have no GPU
+            made = provenance(setting.code, started, time.monotonic() - began, devices)
+            store.commit(stage, folder, report, made)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the log's disk is full
             traceback.print_exc()
-            text = str(error).strip().splitlines() or [""]
-            return Outcome("failed", text[0] if known and text[0] else f"{type(error).__name__}: {text[0]}", log)
-    return Outcome("done", seconds=time.time() - started)
+        if isinstance(error, OSError) and error.errno in FULL:
+            return Outcome("failed", f"{store.root}: {error.strerror}; the same command goes on once there is room")
+        text = str(error).strip().splitlines() or [""]
+        known = isinstance(error, ConfigError | Corrupt | ValueError | OSError | RuntimeError)
+        message = text[0] if known and text[0] else f"{type(error).__name__}: {text[0]}"
+        return Outcome("failed", message, _log(stage, setting))
+    return Outcome("done", seconds=time.monotonic() - began)
 
 
 def _run(stage: Stage, inputs: Mapping[str, Path], folder: Path, setting: Setting, progress: Any) -> Report:
-    from evolve import jobs, ranks
+    from evolve import ranks
     from evolve.stages import Context, module
 
-    device = _device(setting.resources.device) if jobs.gpus(stage) else "cpu"
+    device = _device(setting.resources.device) if stage.config.gpus else "cpu"
     store = setting.store
     context = Context(device, progress, store.partial(stage.id), store.judgments, setting.share)
-    if (processes := getattr(stage.config, "ranks", 1)) > 1:
-        return ranks.run(stage, inputs, folder, context, processes)
+    if (processes := stage.config.ranks) > 1:
+        python = setting.resources.slurm.python if setting.resources.slurm else None
+        return ranks.run(stage, inputs, folder, context, processes, setting.nodes, python)
     report: Report = module(stage.kind).run(stage.config, inputs, folder, context)
     return report
 
@@ -127,51 +144,55 @@ def _prepare(resources: Resources) -> None:
     }
 
 
+def _log(stage: Stage, setting: Setting) -> Path:
+    return setting.logs / f"{stage.id.replace('/', '-')}.log"
+
+
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Standard output and error into a file, native libraries' too."""
+    """Standard output and error into a file, native libraries' too, behind what earlier attempts have left there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    if os.fstat(file).st_size:
+        with contextlib.suppress(OSError):  # the disk is full: the stage's own files will say so
+            os.write(file, time.strftime("\n--- again, %Y-%m-%dT%H:%M:%S%z\n").encode())
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # the disk is full, and what can't be kept isn't the terminal's
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+                stream.flush()
         for target, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, target)
             os.close(copy)
-        os.close(file)
         with contextlib.suppress(OSError):
-            if path.stat().st_size == 0:
+            if os.fstat(file).st_size == 0:
                 path.unlink()
-
-
-def run_logged(stage: Stage, setting: Setting, progress: Any) -> Outcome:
-    with _logged(setting.logs / f"{stage.id.replace('/', '-')}.log"):
-        return execute(stage, setting, progress)
+        os.close(file)
 
 
 class Inline:
     """Runs stages in this process, one at a time: for jobs of Hydra's stock launchers."""
-
-    size = 1
 
     def __init__(self, setting: Setting):
         self.setting = setting
         self._outcome: list[tuple[str, Outcome | Progress]] = []
         _prepare(setting.resources)
 
-    @property
-    def free(self) -> int:
-        return 0 if self._outcome else 1
+    def takes(self, stage: Stage) -> bool:
+        return not self._outcome
 
     def start(self, stage: Stage) -> None:
-        self._outcome.append((stage.id, run_logged(stage, self.setting, lambda done, total: None)))
+        self._outcome.append((stage.id, execute(stage, self.setting, lambda done, total: None)))
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():  # the next stage may need it all
             gc.collect()
@@ -211,33 +232,52 @@ def _uninterrupted() -> Iterator[None]:
 class _Worker:
     process: Any
     pipe: Connection
+    gpus: tuple[str, ...]
     stage: Stage | None = None
 
 
 class Workers:
-    """Warm worker processes. A worker that dies (out of memory, kill -9) fails its stage alone and is replaced."""
+    """Warm worker processes. A worker that dies (out of memory, kill -9) fails its stage alone and is replaced.
+
+    Where several share GPUs, or one, each sees those alone that its stage uses, and no two see the same.
+    """
 
     def __init__(self, setting: Setting):
         self.setting = setting
         self.size = setting.resources.workers
+        self._gpus = devices.gpus(setting.resources) if self.size > 1 else ()  # to deal
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
 
     @property
-    def free(self) -> int:
-        return self.size - sum(worker.stage is not None for worker in self._workers)
+    def _free(self) -> list[str]:
+        used = {gpu for worker in self._workers for gpu in worker.gpus}
+        return [gpu for gpu in self._gpus if gpu not in used]
+
+    def _wants(self, stage: Stage) -> int:
+        """How many GPUs it is given: all there are, where it uses more; it then says so itself."""
+        return min(stage.config.gpus // self.setting.nodes, len(self._gpus))
+
+    def takes(self, stage: Stage) -> bool:
+        """Whether there is a slot for the stage now, and the GPUs that it uses."""
+        busy = sum(worker.stage is not None for worker in self._workers)
+        return busy < self.size and self._wants(stage) <= len(self._free)
 
     def start(self, stage: Stage) -> None:
+        """What `takes` said yes to."""
         self._workers = [worker for worker in self._workers if worker.stage is not None or worker.process.is_alive()]
-        worker = next((worker for worker in self._workers if worker.stage is None), None) or self._spawn()
+        given = tuple(self._free[: self._wants(stage)])
+        idle = [worker for worker in self._workers if worker.stage is None and not given]
+        worker = idle[0] if idle else self._spawn(given)
         worker.stage = stage
         with contextlib.suppress(BrokenPipeError):  # it has died since: `wait` finds out and says so
             worker.pipe.send(stage)
 
-    def _spawn(self) -> _Worker:
+    def _spawn(self, given: tuple[str, ...]) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self.setting), daemon=True)
-        worker = _Worker(process, ours)
+        dealt = given if self._gpus else None
+        process = self._context.Process(target=_serve, args=(theirs, self.setting, dealt), daemon=True)
+        worker = _Worker(process, ours, given)
         with _uninterrupted():
             process.start()
             theirs.close()
@@ -260,30 +300,33 @@ class Workers:
                 self._workers.remove(worker)
                 code = worker.process.exitcode
                 how = f"signal {-code}" if code and code < 0 else f"exit status {code}"
-                log = self.setting.logs / f"{worker.stage.id.replace('/', '-')}.log"
-                news.append((worker.stage.id, Outcome("failed", f"its worker process ended by {how}", log)))
+                said = f"its worker process ended by {how}"
+                news.append((worker.stage.id, Outcome("failed", said, _log(worker.stage, self.setting))))
                 continue
             news.append((worker.stage.id, message))
             if isinstance(message, Outcome):
                 worker.stage = None
                 if message.last:
                     self._workers.remove(worker)
+                    worker.process.join(10)  # until then its GPUs are nobody else's
+                    worker.process.kill()
         return news
 
     def close(self) -> None:
         """Stops all workers; what they were building is dropped, what they committed stays."""
         for worker in self._workers:
             worker.process.terminate() if worker.stage else worker.process.kill()  # it has nothing to give back
-        deadline = time.time() + 5
+        deadline = time.monotonic() + 5
         for worker in self._workers:
-            worker.process.join(max(0.0, deadline - time.time()))
+            worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
         self._workers = []
 
 
-def _serve(pipe: Connection, setting: Setting) -> None:
+def _serve(pipe: Connection, setting: Setting, dealt: tuple[str, ...] | None) -> None:
+    """dealt: the GPUs that it may see; None: all that there are."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm tells all of a job's processes to go; the parent sees to it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that lease and folder are given back
@@ -296,12 +339,14 @@ def _serve(pipe: Connection, setting: Setting) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     _prepare(setting.resources)
+    if dealt is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dealt)
     last = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.time() - last > 0.2:
-            last = time.time()
+        if done == total or time.monotonic() - last > 0.2:
+            last = time.monotonic()
             pipe.send(Progress(done, total))
 
     while True:
@@ -309,9 +354,9 @@ def _serve(pipe: Connection, setting: Setting) -> None:
             stage = pipe.recv()
         except EOFError:
             return
-        outcome = run_logged(stage, setting, progress)
+        outcome = execute(stage, setting, progress)
         torch = sys.modules.get("torch")
-        used_gpu = torch is not None and torch.cuda.is_initialized()
-        pipe.send(replace(outcome, last=used_gpu))
-        if used_gpu:
+        last_one = bool(dealt) or (torch is not None and torch.cuda.is_initialized())
+        pipe.send(replace(outcome, last=last_one))
+        if last_one:
             return

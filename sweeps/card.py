@@ -17,7 +17,7 @@ from yaml import YAMLError
 import evals
 from evolve.config import ROOT
 from evolve.store import Corrupt, Store, flatten
-from sweeps import collect, tables
+from sweeps import collect
 
 RECORDS, CARD = "evolve_record.json", "README.md"
 FIT = ["id", "identity", "config", "inputs", "roots", "files", "dropped", "tokens", "values", "versions", "code"]
@@ -54,13 +54,13 @@ class Evaluation:
     data: Source
     split: str
 
-    def estimates(self) -> Iterator[tuple[str, str, Record]]:
-        """(reward or accuracy; direct, refined, gain or what the benchmark has; its value, interval and n)."""
+    def estimates(self) -> Iterator[tuple[str, str, str, Record]]:
+        """(metric; its title; direct, refined, gain or what the benchmark has; its value, interval and n)."""
         measurement = collect.Measurement("", self.record["id"], dict(self.metrics), dict(self.record))
-        for metric in measurement.titles:
-            for kind, estimate in tables.answers(measurement, metric).items():
-                if estimate:
-                    yield metric, kind, estimate
+        for metric, title in measurement.titles.items():
+            for kind, worth in measurement.headline.items():
+                if estimate := worth.get(metric):
+                    yield metric, title, kind, estimate
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def readme(model: Model, name: str) -> str:
             dataset_revision=one.data.digest or None,
             dataset_split=one.split,
             metric_type=metric,
-            metric_name=f"{evals.load(one.metrics['benchmark']).METRICS[metric]}, {kind}",
+            metric_name=f"{title}, {kind}",
             metric_value=estimate["value"],
             metric_args={  # a number never travels alone
                 "interval_95": [estimate["low"], estimate["high"]],
@@ -165,7 +165,7 @@ def readme(model: Model, name: str) -> str:
             },
         )
         for one in model.evaluations
-        for metric, kind, estimate in one.estimates()
+        for metric, title, kind, estimate in one.estimates()
     ]
     front = ModelCardData(
         base_model=model.base.name if model.base.hub else None,  # the hub takes no other names
@@ -258,10 +258,10 @@ Its data is the embedded world, a synthetic task: it shows that the harness work
 
 def _evaluation(one: Evaluation) -> str:
     lines = ["| answers | metric | value | 95 % interval | n |", "|---|---|---|---|---|"]
-    kinds, titles = {kind for _, kind, _ in one.estimates()}, evals.load(one.metrics["benchmark"]).METRICS
-    for metric, kind, found in one.estimates():
+    kinds = {kind for *_, kind, _ in one.estimates()}
+    for _, title, kind, found in one.estimates():
         interval = "-" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-        lines.append(f"| {kind} | {titles[metric]} | {found['value']:.3f} | {interval} | {found['n']} |")
+        lines.append(f"| {kind} | {title} | {found['value']:.3f} | {interval} | {found['n']} |")
     explain = evals.load(one.metrics["benchmark"]).EXPLAIN
     explained = "; ".join(f"{kind} is {what}" for kind, what in explain.items() if kind in kinds)
     return "\n".join(lines) + (

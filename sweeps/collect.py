@@ -1,14 +1,22 @@
-"""A sweep's folder and the store's records -> members with their measurements. Reads records only."""
+"""A sweep's folder and the store's records -> members with their measurements.
+
+Reads, but for an evaluation that is not what its record says: that is moved aside, so that the sweep's command makes it
+again. Where it can't be (another user's store), it counts as missing all the same.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import evals
-from evolve.store import Corrupt, Store
+from evolve import plan, states
+from evolve.config import ROOT
+from evolve.store import Corrupt, Store, hash_file
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,8 @@ class Measurement:
 
     @property
     def titles(self) -> dict[str, str]:
-        """What the benchmark's metrics are called, the main one first."""
-        return dict(evals.load(self.benchmark).METRICS)
+        """What the metrics are called that were measured, the main one first."""
+        return evals.titles(self.benchmark, [self.metrics])
 
     @property
     def judge(self) -> str:
@@ -36,8 +44,18 @@ class Measurement:
 
     @property
     def headline(self) -> dict[str, Any]:
-        """What is said of the model: {direct, refined, gain, or what the benchmark has: {metric: estimate}}."""
-        return dict(evals.load(self.benchmark).headline(self.metrics))
+        """What is said of the model: {direct, refined, gain, or what the benchmark has: {metric: estimate}}.
+
+        Of a chain of one turn direct answers alone: nothing was refined.
+        """
+        found = dict(evals.load(self.benchmark).headline(self.metrics))
+        alone = len(self.metrics.get("turns", ())) == 1
+        return {kind: worth for kind, worth in found.items() if not (alone and kind in ("refined", "gain"))}
+
+
+def role(judge: str) -> str:
+    """A judge in words that hold for all runs: which trained reward model it is depends on a run's seeds."""
+    return re.sub(r"trained reward model [0-9a-f]{6}", "trained reward model", judge)
 
 
 @dataclass(frozen=True)
@@ -64,13 +82,21 @@ class MemberResult:
         found = [measurement for measurement in self.measurements if measurement.benchmark == benchmark]
         return [measurement for measurement in found if judge in (None, measurement.judge)]
 
+    def last(self, benchmark: str, judge: str | None = None) -> Measurement | None:
+        """What is measured after the last phase that the benchmark is asked after; None as long as it isn't."""
+        asked = self.phases(benchmark)[-1:]
+        found = [one for one in self.of(benchmark, judge) if [one.phase] == asked]
+        return found[0] if found else None
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # two are never compared, and so one can be a cache's key
 class Sweep:
     folder: Path
     store: Store
     members: list[MemberResult]
     _items: dict[str, Any] = field(default_factory=dict, repr=False)
+    command: str | None = None  # that made it, to be given again
+    experiment: str | None = None  # of conf/experiment, where it is one
 
     def record(self, stage_id: str) -> dict[str, Any] | None:
         """A stage's record; None where it has not run."""
@@ -88,28 +114,39 @@ class Sweep:
         """Every benchmark that has been measured."""
         return list(dict.fromkeys(m.benchmark for member in self.members for m in member.measurements))
 
+    def titles(self, benchmark: str) -> dict[str, str]:
+        """What the metrics are called that some member has of a benchmark, the main one first."""
+        return evals.titles(benchmark, (m.metrics for member in self.members for m in member.of(benchmark)))
+
     def judges(self, benchmark: str) -> list[str]:
         """Everyone who has judged a benchmark's answers."""
         return list(dict.fromkeys(m.judge for member in self.members for m in member.of(benchmark)))
 
+    def judged(self, benchmark: str, judge: str) -> Sweep:
+        """The same sweep, with what one judge (or one `role`) has judged of a benchmark, and no other."""
+
+        def kept(one: Measurement) -> bool:
+            return one.benchmark != benchmark or judge in (one.judge, role(one.judge))
+
+        members = [replace(m, measurements=[one for one in m.measurements if kept(one)]) for m in self.members]
+        return replace(self, members=members)
+
     @property
     def phases(self) -> list[str]:
-        """Every phase that some member measures, in the order of the longest run."""
-        longest = max(self.members, key=lambda member: len(member.measurements) + len(member.missing))
-        order = [step["phase"] for step in longest.steps if step["kind"] == "evaluate"]
-        for member in self.members:
-            order += [step["phase"] for step in member.steps if step["kind"] == "evaluate"]
-        return list(dict.fromkeys(order))
+        """Every phase that some member measures, in the method's order."""
+        asked = {step["phase"] for member in self.members for step in member.steps if step["kind"] == "evaluate"}
+        return sorted(asked, key=plan.place)
+
+
+def code(ending: str = "*") -> dict[str, str]:
+    """What makes tables and figures of records: the hash of each file of sweeps/ and evals/ with that ending."""
+    files = [file for folder in ("sweeps", "evals") for file in (ROOT / folder).glob(f"*.{ending}")]
+    return {str(file.relative_to(ROOT)): hash_file(file) for file in files}
 
 
 def load(folder: Path) -> Sweep:
-    """Raises FileNotFoundError with a line of its own where no sweep has been started in `folder`."""
-    try:
-        content = json.loads((folder / "sweep.json").read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no sweep.json, so no sweep's folder; outputs/sweeps/ has them") from None
-    except ValueError:
-        raise FileNotFoundError(f"{folder}: its sweep.json is damaged; the sweep's command writes it again") from None
+    """Raises ConfigError where no sweep has been started in `folder`."""
+    content = states.read(folder)
     store = Store((folder / content["store"]).resolve())
     known: dict[str, Measurement | None] = {}
     members = []
@@ -126,7 +163,7 @@ def load(folder: Path) -> Sweep:
                 missing.append((step["phase"], step.get("benchmark", "refinement")))
         generated = _generated(store, member["steps"])
         members.append(MemberResult(member["name"], member["config"], member["steps"], found, missing, generated))
-    return Sweep(folder, store, members)
+    return Sweep(folder, store, members, command=content.get("command"), experiment=content.get("experiment"))
 
 
 def _record(store: Store, stage_id: str) -> dict[str, Any] | None:
@@ -155,6 +192,16 @@ def _generated(store: Store, steps: list[dict[str, str]]) -> dict[str, int]:
 def _measurement(store: Store, step: dict[str, str]) -> Measurement | None:
     record = _record(store, step["id"])
     if record is None:
+        return None
+    try:
+        store.verify(step["id"])
+    except Corrupt as error:  # no stage builds on it, so nobody else would find out
+        done = f"moved to {store.root / 'quarantine'}"
+        try:
+            store.quarantine(step["id"])
+        except OSError as refused:
+            done = f"left out, for it can't be moved aside ({refused.strerror})"
+        print(f"{error}; {done}", file=sys.stderr)
         return None
     metrics = json.loads((store.folder(step["id"]) / "metrics.json").read_text())
     return Measurement(step["phase"], step["id"], metrics, record)

@@ -1,125 +1,199 @@
-"""Figures of a sweep as PNG: reward over iterations, over a chain's turns; benchmarks by answers used at test time."""
+"""Figures of a sweep as PNG, SVG and PDF: over iterations, turns, settings, compute, answers used at test time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import contextlib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import evals
 from evals.refinement import METRICS
-from evolve.store import digest, hash_file
-from sweeps.collect import Sweep
+from evolve.store import RECORD, Corrupt, digest, hash_file, seal, unseal
+from evolve.store import replace as replace_file
+from sweeps import collect, curves, seeds, style, summary, tables, training
+from sweeps.collect import Measurement, Sweep
+from sweeps.style import Drawn, Mark, Point
 
-# Okabe and Ito's colours: apart for the colour-blind too; markers tell them apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+# An experiment's own figure has its name: `figure3-reward.pdf`, not `iterations-reward.pdf`.
+NAMED = {
+    "figure1": "pooled",
+    "figure3": "iterations",
+    "figure5": "iterations",
+    "alpha_beta": "settings",
+    "compute": "compute",
+}
+DRAWN = 12  # members in a figure that has lines for each: more can't be told apart
 SHORT = {"base": "base", "sft": "SFT", "offline": "offline"}
-
-
-def _errors(estimates: Sequence[dict[str, Any]]) -> list[list[float]]:
-    low = [e["value"] - (e["value"] if e["low"] is None else e["low"]) for e in estimates]
-    high = [(e["value"] if e["high"] is None else e["high"]) - e["value"] for e in estimates]
-    return [low, high]
 
 
 def _short(phase: str) -> str:
     return SHORT.get(phase, phase.replace("iteration ", "it "))
 
 
-def over_iterations(sweep: Sweep, metric: str, plt: Any) -> Any | None:
-    """Refined (solid) and direct (dashed) answers after each phase, a colour for each member."""
-    fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    place = {phase: number for number, phase in enumerate(sweep.phases)}
-    width = len(sweep.members)
-    drawn = False
-    for number, (member, colour, marker) in enumerate(zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False)):
-        shift = (number - (width - 1) / 2) * min(0.06, 0.5 / width)  # so that intervals don't hide one another
-        for turn, style in ((-1, "-"), (0, "--")):
-            measured = member.of("refinement")
-            found = [(m.phase, m.metrics["turns"][turn][metric]) for m in measured]
-            found = [(phase, estimate) for phase, estimate in found if estimate]
-            if not found or (turn == 0 and len(measured[0].metrics["turns"]) == 1):
-                continue
-            drawn = True
-            ax.errorbar(
-                [place[phase] + shift for phase, _ in found],
-                [estimate["value"] for _, estimate in found],
-                yerr=_errors([estimate for _, estimate in found]),
-                color=colour,
-                marker=marker,
-                markersize=5,
-                linestyle=style,
-                linewidth=1.6 if turn else 1.0,
-                elinewidth=0.8,
-                label=member.name if turn else None,
-            )
-    if not drawn:
-        plt.close(fig)
+def over_iterations(sweep: Sweep, metric: str, plt: Any, benchmark: str = "refinement") -> Any | None:
+    """Direct and refined answers after each phase, side by side: self-improvement, and what a second look adds.
+
+    A line for each member, or for each setting over its runs.
+    """
+    series = _series(sweep, benchmark)
+    what, names = summary.labelled(list(series))
+    looks = style.styles(list(names))
+    drawn: dict[str, list[tuple[str, list[Point]]]] = {}  # by kind of answers, for each member or setting
+    for kind in ("direct", "refined"):
+        lines = [(name, points(kind, metric)) for name, points in series.items()]
+        if lines := [(name, found) for name, found in lines if found]:
+            drawn[kind] = lines
+    if not drawn or len(sweep.phases) < 2:
         return None
-    ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
-    ax.set_ylabel(METRICS[metric])
-    ax.set_title("after each stage: refined answers solid, direct answers dashed; bars: 95 % intervals", fontsize=9)
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels = style.WIDTH if len(drawn) == 2 else style.WIDTH * 0.6
+    fig, axes = plt.subplots(1, len(drawn), figsize=(panels, 2.9), sharey=True, squeeze=False)
+    titles = {"direct": "direct answers: self-improvement", "refined": "refined answers: with self-refinement"}
+    handles: dict[str, Any] = {}
+    for ax, (kind, lines) in zip(axes.flat, drawn.items(), strict=True):
+        for name, found in lines:
+            handles[names[name]] = style.line(ax, f"{name}, {kind}", found, looks[name])
+        ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
+        ax.set_title(titles[kind])
+    axes[0, 0].set_ylabel(summary.named(benchmark, sweep.titles(benchmark)[metric]))
+    style.legend(fig, handles, None if what == "member" else what)
+    return fig
+
+
+def _series(sweep: Sweep, benchmark: str) -> dict[str, Callable[[str, str], list[Point]]]:
+    """For each member, or each setting that has runs: what gives its points by kind of answers and metric."""
+    several = seeds.groups(sweep)
+    if several:
+        [judge] = seeds.judges(sweep, benchmark)
+        shifts = [_shift(len(several), number) for number in range(len(several))]
+        return {
+            name: partial(seeds.points, sweep, runs, benchmark, judge, shift)
+            for shift, (name, runs) in zip(shifts, several.items(), strict=True)
+        }
+    return {
+        member.name: partial(_by_phase, sweep, member.of(benchmark), _shift(len(sweep.members), number))
+        for number, member in enumerate(sweep.members)
+    }
+
+
+def _by_phase(sweep: Sweep, measured: Sequence[Measurement], shift: float, kind: str, metric: str) -> list[Point]:
+    place = {phase: number for number, phase in enumerate(sweep.phases)}
+    found = [(one, one.headline.get(kind, {}).get(metric)) for one in measured]
+    return [Point(place[one.phase] + shift, one.phase, estimate, [one.id]) for one, estimate in found if estimate]
+
+
+def _shift(width: int, number: int) -> float:
+    """How far the points of one of `width` lines lie beside their phase, so that intervals don't hide one another."""
+    return (number - (width - 1) / 2) * min(0.06, 0.5 / width)
+
+
+def over_metrics(sweep: Sweep, benchmark: str, plt: Any) -> Any | None:
+    """A panel for each metric of a benchmark that has many, over phases: refined answers solid, direct ones dashed.
+
+    Metrics that belong together share a panel; marks of all but the first are hollow.
+    """
+    titles = sweep.titles(benchmark)
+    paired = [tuple(m for m in group if m in titles) for group in getattr(evals.load(benchmark), "TOGETHER", ())]
+    first = {group[0]: group for group in paired if group}
+    rest = {metric for group in paired for metric in group[1:]}
+    panels = [first.get(metric, (metric,)) for metric in titles if metric not in rest]
+    if len(sweep.phases) < 2 or not panels:
+        return None
+    series = _series(sweep, benchmark)
+    what, names = summary.labelled(list(series))
+    looks = style.styles(list(series))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 0.7 + 1.75 * rows), sharex=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for ax, group in zip(axes.flat, panels, strict=False):
+        for name, points in series.items():
+            for place, metric in enumerate(group):
+                for kind, dashes in (("direct", "--"), ("refined", "-")):
+                    if not (found := points(kind, metric)):
+                        continue
+                    said = ", ".join([name, kind, *([metric] if len(group) > 1 else [])])
+                    hollow = {"markerfacecolor": "none", "alpha": 0.6} if place else {}
+                    bars = style.line(ax, said, found, looks[name], linestyle=dashes, **hollow)
+                    if not place:
+                        handles[names[name]] = bars
+        title = titles[group[0]] if len(group) == 1 else f"{group[0]}, and hollow: {', '.join(group[1:])}"
+        ax.set_title("\n".join(textwrap.wrap(title, 30)))
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
+    for number, ax in enumerate(axes.flat):
+        if number < len(panels) <= number + columns:
+            ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
+            ax.tick_params(labelbottom=True)
+    over = "runs" if seeds.groups(sweep) else "prompts"
+    fig.suptitle(
+        f"{benchmark}: refined answers solid, direct ones dashed; bars: 95 % intervals over {over}", fontsize=8
+    )
+    style.legend(fig, handles, None if what == "member" else what)
     return fig
 
 
 def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     """The refinement curve (Figure 1's axes) of every phase, a panel for each member."""
-    members = [member for member in sweep.members if member.of("refinement")]
-    if not members or len(members[0].of("refinement")[0].metrics["turns"]) < 2:
+    members = [
+        member
+        for member in sweep.members
+        if any(len(measured.metrics["turns"]) > 1 for measured in member.of("refinement"))
+    ]
+    if not members:
         return None
     columns = min(3, len(members))
     rows = -(-len(members) // columns)
-    fig, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.4 * columns + 1.2, 2.9 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (style.WIDTH * (0.25 + 0.25 * columns), 0.6 + 1.75 * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    looks, (what, names) = style.styles(sweep.phases), summary.labels(sweep)
     handles: dict[str, Any] = {}
     for ax, member in zip(axes.flat, members, strict=False):
-        for phase, colour, marker in zip(sweep.phases, cycle(COLOURS), cycle(MARKERS), strict=False):
-            for measurement in member.of("refinement"):
-                if measurement.phase != phase:
-                    continue
-                turns = [turn for turn in measurement.metrics["turns"] if turn[metric]]
-                if turns:
-                    estimates = [turn[metric] for turn in turns]
-                    handles[phase] = ax.errorbar(
-                        [turn["turn"] for turn in turns],
-                        [estimate["value"] for estimate in estimates],
-                        yerr=_errors(estimates),
-                        color=colour,
-                        marker=marker,
-                        markersize=4,
-                        linewidth=1.3,
-                        elinewidth=0.8,
-                    )
-        ax.set_title(member.name, fontsize=9)
-        ax.grid(alpha=0.25)
+        for measurement in member.of("refinement"):
+            turns = [turn for turn in measurement.metrics["turns"] if turn[metric]]
+            if turns:
+                points = [Point(t["turn"], f"turn {t['turn']}", t[metric], [measurement.id]) for t in turns]
+                phase, name = measurement.phase, f"{member.name}, {measurement.phase}"
+                handles[phase] = style.line(ax, name, points, looks[phase])
+        ax.set_title(names[member.name])
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in list(axes.flat)[len(members) :]:
         ax.set_visible(False)
     if not handles:
         plt.close(fig)
         return None
-    fig.supxlabel("turn (1: direct answer)", fontsize=9)
-    fig.supylabel(METRICS[metric], fontsize=9)
-    fig.legend(
-        list(handles.values()),
-        [_short(phase) for phase in handles],
-        loc="outside right center",
-        fontsize=8,
-        frameon=False,
-    )
+    for ax in axes[-1]:
+        ax.set_xlabel("turn (1: direct answer)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(METRICS[metric])
+    if what != "member":
+        fig.suptitle(f"by {what}", fontsize=8)
+    style.legend(fig, {_short(phase): handles[phase] for phase in sweep.phases if phase in handles})
+    return fig
+
+
+def turns_over_runs(sweep: Sweep, metric: str, plt: Any) -> Any | None:
+    """The refinement curve after the last phase, a line for each setting over its runs."""
+    several = seeds.groups(sweep)
+    [judge] = seeds.judges(sweep, "refinement")
+    what, names = summary.labelled(list(several))
+    looks = style.styles(list(names))
+    fig, ax = plt.subplots(figsize=(style.WIDTH * 0.6, 2.9))
+    handles = {}
+    for number, (name, runs) in enumerate(several.items()):
+        if points := seeds.turns(runs, judge, metric, _shift(len(several), number)):
+            handles[names[name]] = style.line(ax, name, points, looks[name])
+    if not handles:
+        plt.close(fig)
+        return None
+    ax.set_xlabel("turn (1: direct answer)")
+    ax.set_ylabel(METRICS[metric])
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    style.legend(fig, handles, None if what == "member" else what)
     return fig
 
 
@@ -128,82 +202,165 @@ def over_answers(sweep: Sweep, metric: str, plt: Any, benchmark: str = "test_tim
 
     A colour for each member; its last model solid, its first dotted.
     """
-    lines = []  # member's number, colour, marker, style, sizes
-    for member, colour, marker in zip(sweep.members, cycle(COLOURS), cycle(MARKERS), strict=False):
-        measured = [sizes for m in member.of(benchmark) if (sizes := m.metrics.get("sizes"))]
-        measured = [sizes for sizes in measured if sizes[0]["worth"].get("single", {}).get(metric)]
-        for sizes, style in zip([measured[-1:], measured[:-1][:1]], "-:", strict=True):
-            lines += [(member.name, colour, marker, style, some) for some in sizes]
-    kinds = list(dict.fromkeys(kind for *_, sizes in lines for kind in sizes[0]["worth"]))
+    looks = style.styles([member.name for member in sweep.members])
+    lines = []  # member's name, style, measurement, sizes
+    for member in sweep.members:
+        measured = [(m, sizes) for m in member.of(benchmark) if (sizes := m.metrics.get("sizes"))]
+        measured = [(m, sizes) for m, sizes in measured if sizes[0]["worth"].get("single", {}).get(metric)]
+        for some, dots in zip([measured[-1:], measured[:-1][:1]], "-:", strict=True):
+            lines += [(member.name, dots, m, sizes) for m, sizes in some]
+    kinds = list(dict.fromkeys(kind for *_, sizes in lines for kind, of in sizes[0]["worth"].items() if metric in of))
     if not any(len(sizes) > 1 for *_, sizes in lines):
         return None
-    fig, axes = plt.subplots(
-        2, len(kinds), figsize=(2.9 * len(kinds) + 1.4, 5.6), sharex="row", sharey=True, layout="constrained"
-    )
+    size = (max(style.WIDTH, 1.7 * len(kinds)), 4.6)
+    fig, axes = plt.subplots(2, len(kinds), figsize=size, sharex="row", sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
     for column, kind in enumerate(kinds):
-        for name, colour, marker, style, sizes in lines:
-            if kind not in sizes[0]["worth"]:
+        for name, dots, made, sizes in lines:
+            if metric not in sizes[0]["worth"].get(kind, {}):
                 continue
-            estimates = [size["worth"][kind][metric] for size in sizes]
-            places = ([size["answers"] for size in sizes], [size["tokens"]["value"] for size in sizes])
-            for row, xs in enumerate(places):
-                drawn = axes[row, column].errorbar(
-                    xs,
-                    [estimate["value"] for estimate in estimates],
-                    yerr=_errors(estimates),
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    linestyle=style,
-                    linewidth=1.5 if style == "-" else 1.0,
-                    elinewidth=0.7,
-                )
-                if style == "-":
+            for row, places in enumerate(
+                ([size["answers"] for size in sizes], [size["tokens"]["value"] for size in sizes])
+            ):
+                points = [
+                    Point(
+                        x,
+                        f"{of['answers']} answers, {of['tokens']['value']:.1f} tokens",
+                        of["worth"][kind][metric],
+                        [made.id],
+                    )
+                    for x, of in zip(places, sizes, strict=True)
+                ]
+                said = f"{name}, {made.phase}, {kind}"
+                drawn = style.line(axes[row, column], said, points, looks[name], linestyle=dots)
+                if dots == "-":
                     handles[name] = drawn
-        axes[0, column].set_title(kind, fontsize=9)
+        axes[0, column].set_title(kind)
     for ax in axes.flat:
-        ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for row, what in enumerate(("answers used", "tokens generated for a prompt")):
-        axes[row, 0].set_ylabel(evals.load(benchmark).METRICS[metric], fontsize=9)
+        axes[row, 0].set_ylabel(sweep.titles(benchmark)[metric])
         for ax in axes[row]:
-            ax.set_xlabel(what, fontsize=8)
-    fig.suptitle("after the last phase solid, after the first dotted; bars: 95 % intervals over prompts", fontsize=9)
-    fig.legend(list(handles.values()), list(handles), loc="outside lower center", fontsize=8, frameon=False)
+            ax.set_xlabel(what)
+    fig.suptitle("after the last phase solid, after the first dotted; bars: 95 % intervals over prompts", fontsize=8)
+    style.legend(fig, handles)
     return fig
 
 
-def write(sweep: Sweep) -> list[Path]:
-    """Draws every figure that the sweep has numbers for, unless these are drawn already; returns their files."""
-    shown = [[member.name, [[m.phase, m.id] for m in member.measurements]] for member in sweep.members]
-    fingerprint = digest([shown, hash_file(Path(__file__))])
+Drawing = tuple[str, Callable[[Any], Any | None], bool]  # title, what draws it, whether each member has a line in it
+
+
+def drawings(sweep: Sweep) -> dict[str, Drawing]:
+    """What may be drawn, by file name without its ending. What several judges have judged is drawn for each."""
+    over_runs = bool(seeds.groups(sweep))
+    found: dict[str, Drawing] = {}
+    for benchmark in sweep.benchmarks:
+        judges = seeds.judges(sweep, benchmark) if over_runs else sweep.judges(benchmark)
+        for number, judge in enumerate(judges, 1):
+            own = _of_refinement if benchmark == "refinement" else _of_benchmark
+            for name, (title, draw, by_member) in own(sweep.judged(benchmark, judge), benchmark, over_runs).items():
+                if len(judges) > 1:
+                    found[f"{name}-{number}"] = (f"{title}, by {judge}", draw, by_member)
+                else:
+                    found[name] = (title, draw, by_member)
+    found["training"] = ("training", partial(training.over_steps, replace(sweep, members=sweep.members[:DRAWN])), True)
+    return found
+
+
+def _few(sweep: Sweep, benchmark: str) -> Sweep:
+    return replace(sweep, members=[member for member in sweep.members if member.of(benchmark)][:DRAWN])
+
+
+def _of_refinement(sweep: Sweep, benchmark: str, over_runs: bool) -> dict[str, Drawing]:
+    own = NAMED.get(sweep.experiment or "")
+    own = "turns" if own == "pooled" and over_runs else own
+    few = _few(sweep, benchmark)
+    of: dict[str, tuple[str, Callable[..., Any | None]]] = {
+        "iterations": ("by phase", over_iterations),
+        "turns": ("by turn", turns_over_runs if over_runs else over_turns),
+        "pooled": ("by turn, pooled", curves.pooled_turns),
+        "settings": ("by setting", curves.over_settings),
+        "compute": ("by what training has cost", curves.over_compute),
+    }
+    if over_runs:
+        del of["pooled"]
+    found: dict[str, Drawing] = {}
+    for name, (by, draw) in of.items():
+        every = over_runs or name in ("pooled", "settings")
+        for metric, title in METRICS.items():
+            shown = sweep.experiment if name == own else name
+            found[f"{shown}-{metric}"] = (f"{title} {by}", partial(draw, sweep if every else few, metric), not every)
+    return found | _by_answers(sweep, benchmark)
+
+
+def _of_benchmark(sweep: Sweep, benchmark: str, over_runs: bool) -> dict[str, Drawing]:
+    whole = sweep if over_runs else _few(sweep, benchmark)
+    titles = sweep.titles(benchmark)
+    found = _by_answers(sweep, benchmark)
+    if len(titles) > tables.MANY:
+        found[benchmark] = (f"{benchmark} by phase", partial(over_metrics, whole, benchmark), not over_runs)
+    elif benchmark != "test_time":
+        for metric, title in titles.items():
+            drawn = partial(over_iterations, whole, metric, benchmark=benchmark)
+            about = f"{summary.named(benchmark, title)} by phase"
+            found[f"iterations-{benchmark}-{_file(metric)}"] = (about, drawn, not over_runs)
+    return found
+
+
+def _by_answers(sweep: Sweep, benchmark: str) -> dict[str, Drawing]:
+    name = "test_time" if benchmark == "test_time" else f"test_time-{benchmark}"
+    few = _few(sweep, benchmark)
+    return {
+        f"{name}-{_file(metric)}": (
+            f"{title} by answers used, {benchmark}",
+            partial(over_answers, few, metric, benchmark=benchmark),
+            True,
+        )
+        for metric, title in sweep.titles(benchmark).items()
+    }
+
+
+def _file(metric: str) -> str:
+    """A metric's name as that of a file: lm-eval's have commas and spaces."""
+    return re.sub(r"[^\w@-]+", "-", metric)
+
+
+def write(sweep: Sweep) -> list[Drawn]:
+    """Draws every figure that the sweep has numbers for, unless these are drawn already."""
+    ran = [
+        [m.name, m.missing, [s["id"] for s in m.steps if (sweep.store.folder(s["id"]) / RECORD).exists()]]
+        for m in sweep.members
+    ]
+    fingerprint = digest([ran, sweep.experiment, collect.code("py")])
     note = sweep.folder / ".figures.json"
-    if note.exists():
-        drawn = json.loads(note.read_text())
-        written = [sweep.folder / name for name in drawn["files"]]
-        if drawn["of"] == fingerprint and all(path.exists() for path in written):
-            return written
+    before: set[str] = set()  # files of figures that may no longer be drawn, or have another name
+    with contextlib.suppress(FileNotFoundError, Corrupt):
+        kept = unseal(note.read_bytes())
+        before = set(kept["files"])
+        if kept["of"] == fingerprint and kept["files"] == {
+            name: hash_file(sweep.folder / name) for name in kept["files"]
+        }:
+            return [Drawn(**of | {"marks": [Mark(**mark) for mark in of["marks"]]}) for of in kept["figures"]]
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     written = []
-    draw = {
-        f"{name}-{metric}": partial(of, sweep, metric, plt)
-        for name, of in (("iterations", over_iterations), ("turns", over_turns))
-        for metric in METRICS
-    }
-    for benchmark in sweep.benchmarks:
-        name = "test_time" if benchmark == "test_time" else f"test_time-{benchmark}"
-        for metric in evals.load(benchmark).METRICS:
-            draw[f"{name}-{metric}"] = partial(over_answers, sweep, metric, plt, benchmark)
-    for name, of in draw.items():
-        if (figure := of()) is not None:
-            path = sweep.folder / f"{name}.png"
-            figure.savefig(path, dpi=130)
-            plt.close(figure)
-            written.append(path)
-    note.write_text(json.dumps({"of": fingerprint, "files": [path.name for path in written]}))
+    left_out = f"The first {DRAWN} of {len(sweep.members)} members; the tables have all."
+    with plt.rc_context(dict(style.STYLE)):
+        for name, (title, draw, by_member) in drawings(sweep).items():
+            if (figure := draw(plt)) is not None:
+                said = left_out if by_member and len(sweep.members) > DRAWN else ""
+                figure.supxlabel(said, fontsize=7)
+                written.append(style.save(figure, sweep.folder, name, title, said))
+                plt.close(figure)
+    hashes = {file.name: hash_file(file) for of in written for file in files(sweep, of)}
+    for name in before - hashes.keys():
+        (sweep.folder / name).unlink(missing_ok=True)
+    replace_file(note, seal({"of": fingerprint, "files": hashes, "figures": [asdict(of) for of in written]}))
     return written
+
+
+def files(sweep: Sweep, of: Drawn) -> list[Path]:
+    return [sweep.folder / f"{of.name}.{form}" for form in style.FORMATS]

@@ -1,36 +1,41 @@
 """Figure 1's way of reporting: members that differ in template and evaluation seed alone, as one curve by turn. [paper]
 
 A prompt is one cluster, whatever the number of templates and seeds it was asked with: its mean over them is taken
-first, so the interval is over prompts.
+first, so the interval is over prompts. That counts the seeds' noise too, since a seed's draws are independent from
+prompt to prompt. It would not for training seeds, whose effect all prompts share; members that differ in those are
+not pooled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from evals import refinement, statistics
 from sweeps import tables
 from sweeps.collect import Measurement, MemberResult, Sweep
+from sweeps.formats import Cell, Table
+
+Group = Sequence[MemberResult]
 
 
-def shown(sweep: Sweep) -> list[tables.Shown]:
+def shown(sweep: Sweep) -> list[Table]:
     """A table for each metric, with a row for each group of members and phase. Empty where no members go together."""
     found = []
-    groups = [group for group in _groups(sweep) if len(group) > 1]
+    together = [group for group in groups(sweep) if len(group) > 1]
     for metric, title in refinement.METRICS.items():
-        rows = [row for group in groups for row in _rows(sweep, group, metric)]
+        rows = [row for group in together for row in _rows(sweep, group, metric)]
         if rows:
             turns = max(map(len, rows)) - 2
             header = ["members", "phase", *(f"turn {turn}" for turn in range(1, turns + 1))]
             about = f"{title} by turn, pooled over templates and seeds of evaluation, ±: 95 % interval over prompts"
-            found.append(tables.Shown(about, [header, *rows]))
+            found.append(Table(about, [header, *rows]))
     return found
 
 
-def _groups(sweep: Sweep) -> list[list[MemberResult]]:
+def groups(sweep: Sweep) -> list[list[MemberResult]]:
     """Members whose settings are equal but for the template and eval.seed."""
     found: dict[str, list[MemberResult]] = {}
     for member in sweep.members:
@@ -40,24 +45,41 @@ def _groups(sweep: Sweep) -> list[list[MemberResult]]:
     return list(found.values())
 
 
-def _rows(sweep: Sweep, group: list[MemberResult], metric: str) -> Iterator[list[str]]:
+def name(group: Group) -> str:
+    """The model, over how many templates and seeds the group goes, and what all its members are."""
     templates = {member.config["template"]["name"] for member in group}
     seeds = {member.config["eval"]["seed"] for member in group}
     about = " x ".join(f"{len(of)} {what}" for of, what in ((templates, "templates"), (seeds, "seeds")) if len(of) > 1)
-    name = f"{group[0].config['model']['name']}, {about}"
-    for phase in sweep.phases:
-        measured = [one for member in group for one in member.of("refinement") if one.phase == phase]
-        if len(measured) == len(group):
-            cells = list(_cells(sweep, measured, metric))
-            if cells:
-                yield [name, phase, *cells]
+    own, *others = (member.name.split(" ") for member in group)
+    common = [
+        word for word in own if all(word in of for of in others) and "=" in word and not word.startswith("model=")
+    ]
+    return ", ".join([group[0].config["model"]["name"], about, *common])
 
 
-def _cells(sweep: Sweep, measured: list[Measurement], metric: str) -> Iterator[str]:
-    for turn in range(1, len(measured[0].metrics["turns"]) + 1):
+def measured(group: Group, phase: str | None = None) -> list[Measurement]:
+    """The group's refinement curves after a phase, or after the last; none where one is missing."""
+    wanted = [phase] if phase else group[0].phases("refinement")[-1:]
+    found = [one for member in group for one in member.of("refinement") if [one.phase] == wanted]
+    return found if len(found) == len(group) else []
+
+
+def by_turn(sweep: Sweep, curves: Sequence[Measurement], metric: str) -> list[dict[str, Any]]:
+    """Estimates over prompts of their means over the curves, one for each turn that has any value."""
+    found = []
+    for turn in range(1, (len(curves[0].metrics["turns"]) if curves else 0) + 1):
         values: dict[str, list[float]] = {}
-        for one in measured:
+        for one in curves:
             for prompt, value in sweep.items(one).get(f"turn {turn}", {}).get(metric, {}).items():
                 values.setdefault(prompt, []).append(value)
         if values:
-            yield tables.number(asdict(statistics.mean(values)))
+            found.append(asdict(statistics.mean(values)))
+    return found
+
+
+def _rows(sweep: Sweep, group: Group, metric: str) -> Iterator[list[str]]:
+    for phase in sweep.phases:
+        curves = measured(group, phase)
+        records = [one.id for one in curves]
+        if cells := [Cell(tables.number(of), of, records) for of in by_turn(sweep, curves, metric)]:
+            yield [name(group), phase, *cells]

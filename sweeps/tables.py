@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 import evals
-from sweeps.collect import Measurement, Sweep
+from sweeps import best, formats
+from sweeps.collect import Measurement, MemberResult, Sweep
+from sweeps.formats import Cell, Table, write_csv
 
 COUNTS = {"unscored": "unscored", "never_made": "never made"}  # of what a turn counts, and how a cell says it
+BY_ANSWERS = "by answers used"
 LOPSIDED = 0.5  # of an interval's width: from where on its ends are at unlike distances
+MANY = 3  # metrics of a benchmark that have a table each; of more, all stand in one
 WIDE = 6  # columns of numbers that fit beside one another
 
 
@@ -30,51 +30,80 @@ def number(estimate: Mapping[str, Any] | None) -> str:
     return f"{value:.3f} ±{(high - low) / 2:.3f}"
 
 
-def answers(measurement: Measurement, metric: str) -> dict[str, Mapping[str, Any] | None]:
-    """What is said of each model: of a chain direct answers, refined answers, and the gain of one over the other."""
-    alone = len(measurement.metrics.get("turns", ())) == 1
-    found = {kind: worth.get(metric) for kind, worth in measurement.headline.items()}
-    return {kind: worth for kind, worth in found.items() if not (alone and kind in ("refined", "gain"))}
-
-
 def _shows_generated(sweep: Sweep, metric: str) -> bool:
     """The first metric's table says too what each member has generated for its training, where any has."""
     return metric == "reward" and any(any(member.generated.values()) for member in sweep.members)
 
 
-def cell(measurement: Measurement, metric: str, kind: str) -> str:
+def cell(measurement: Measurement, metric: str, kind: str) -> Cell:
     """A number with its interval, and how many items have none."""
     worth = measurement.headline.get(kind, {})
     counts = [f"{worth[key]} {said}" for key, said in COUNTS.items() if worth.get(key)]
-    text = number(answers(measurement, metric).get(kind))
-    return f"{text} ({', '.join(counts)})" if counts and text != "-" else text
+    estimate = worth.get(metric)
+    text = number(estimate)
+    text = f"{text} ({', '.join(counts)})" if counts and text != "-" else text
+    return Cell(text, estimate, [measurement.id])
+
+
+def together(sweep: Sweep, benchmark: str) -> list[tuple[str, ...]]:
+    """A benchmark's metrics by table."""
+    names = tuple(sweep.titles(benchmark))
+    return [names] if len(names) > MANY else [(name,) for name in names]
 
 
 def grid(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | None = None) -> list[list[str]]:
     """Rows of cells, the header first: member, answers, then each phase. Empty if nothing has the metric."""
     rows = []
+    contests = dict[tuple[str, str], list[best.Rival]]()
+    titles = list(sweep.titles(benchmark))
     for member in sweep.members:
         measured = member.of(benchmark, judge)
         by_phase = {measurement.phase: measurement for measurement in measured}
         missing = {phase for phase, name in member.missing if name == benchmark}
         for kind in dict.fromkeys(kind for m in measured for kind in m.headline):
-            cells = []
+            cells = list[str]()
             for phase in sweep.phases:
                 if phase in by_phase:
-                    cells.append(cell(by_phase[phase], metric, kind))
+                    cells.append(one := cell(by_phase[phase], metric, kind))
+                    contests.setdefault((phase, kind), []).append(best.Rival(one, by_phase[phase], kind, metric))
                 else:
                     cells.append("missing" if phase in missing else "")
             if any(cell not in ("", "-", "missing") for cell in cells):
                 rows.append([member.name, kind, *cells])
         made = {m.phase: m.metrics["made"] for m in measured if "made" in m.metrics}
-        if made and metric == next(iter(measured[0].titles)):
+        if made and metric in titles[:1]:
             for kind in ("turns", "tokens"):
-                cells = [number(made[phase][kind]) if phase in made else "" for phase in sweep.phases]
+                worth = {phase: (of[kind], [by_phase[phase].id]) for phase, of in made.items()}
+                cells = [
+                    Cell(number(worth[phase][0]), *worth[phase]) if phase in worth else "" for phase in sweep.phases
+                ]
                 rows.append([member.name, f"{kind} made", *cells])
         if benchmark == "refinement" and _shows_generated(sweep, metric) and measured:
-            tokens = {phase: f"{count:,}" for phase, count in member.generated.items()}
-            rows.append([member.name, "generated", *(tokens.get(phase, "") for phase in sweep.phases)])
+            rows.append([member.name, "generated", *_generated(sweep, member)])
+    if len(titles) <= MANY or metric in titles[:1]:
+        best.mark(sweep, list(contests.values()))  # of many metrics not each is a goal, but the first is
     return [["member", "answers", *sweep.phases], *rows] if rows else []
+
+
+def _generated(sweep: Sweep, member: MemberResult) -> Iterator[str]:
+    """Tokens drawn for training up to each phase; they lead to what was made of them."""
+    for phase in sweep.phases:
+        count = member.generated.get(phase)
+        until = next((at for at, of in enumerate(member.steps) if (of["phase"], of["kind"]) == (phase, "evaluate")), 0)
+        records = [step["id"] for step in member.steps[:until] if step["kind"] in ("pair", "reinforce")]
+        yield "" if count is None else Cell(f"{count:,}", {"value": count}, records) if records else f"{count:,}"
+
+
+def all_metrics(sweep: Sweep, benchmark: str, judge: str | None = None) -> list[list[str]]:
+    """The grids of a benchmark's metrics as one: member, answers, metric, then each phase."""
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    for metric in sweep.titles(benchmark):
+        for member, kind, *cells in grid(sweep, metric, benchmark, judge)[1:]:
+            of = "" if kind.endswith(" made") else metric
+            found.setdefault((member, kind), []).append([member, kind, of, *cells])
+    names = [member.name for member in sweep.members]
+    rows = [row for key in sorted(found, key=lambda key: names.index(key[0])) for row in found[key]]
+    return [["member", "answers", "metric", *sweep.phases], *rows] if rows else []
 
 
 def scaling(sweep: Sweep, metric: str, benchmark: str = "test_time", judge: str | None = None) -> list[list[str]]:
@@ -83,77 +112,98 @@ def scaling(sweep: Sweep, metric: str, benchmark: str = "test_time", judge: str 
     Beside the metric stand the tokens that were generated for a prompt: equal numbers of answers may differ in cost.
     Empty where no curve was measured.
     """
-    measured = {member.name: member.of(benchmark, judge)[-1:] for member in sweep.members}
-    last = [(name, sizes) for name, found in measured.items() for one in found if (sizes := one.metrics.get("sizes"))]
-    used = sorted({size["answers"] for _, sizes in last for size in sizes})
+    measured = {member.name: member.last(benchmark, judge) for member in sweep.members}
+    last = [(name, one, sizes) for name, one in measured.items() if one and (sizes := one.metrics.get("sizes"))]
+    used = sorted({size["answers"] for *_, sizes in last for size in sizes})
     if len(used) > WIDE:
         used = [n for n in used if n.bit_count() == 1 or n == used[-1]]  # powers of two, and all
     rows = []
-    for name, sizes in last:
+    for name, one, sizes in last:
         by_size = {size["answers"]: size for size in sizes}
         if not sizes[-1]["worth"].get("single", {}).get(metric):
             continue
-        for kind in sizes[-1]["worth"]:
-            cells = [number(by_size[n]["worth"][kind][metric]) if n in by_size else "" for n in used]
-            rows.append([name, kind, *cells])
-        rows.append([name, "tokens", *(f"{by_size[n]['tokens']['value']:.1f}" if n in by_size else "" for n in used)])
+        for kind in [kind for kind, of in sizes[-1]["worth"].items() if metric in of]:
+            worth = {n: size["worth"][kind][metric] for n, size in by_size.items()}
+            rows.append([name, kind, *(Cell(number(worth[n]), worth[n], [one.id]) if n in worth else "" for n in used)])
+        spent = {n: size["tokens"] for n, size in by_size.items()}
+        cells = [Cell(f"{spent[n]['value']:.1f}", spent[n], [one.id]) if n in spent else "" for n in used]
+        rows.append([name, "tokens", *cells])
     return [["member", "answers used", *map(str, used)], *rows] if rows else []
 
 
-def title(sweep: Sweep, metric: str, benchmark: str = "refinement", judge: str | None = None) -> str:
-    """The metric with its protocol, n and how intervals are made: a number never travels alone."""
+def title(sweep: Sweep, metrics: Sequence[str], benchmark: str = "refinement", judge: str | None = None) -> str:
+    """The metrics with their protocol, n and how intervals are made: a number never travels alone."""
     found = [measurement for member in sweep.members for measurement in member.of(benchmark, judge)]
     protocols = sorted({measurement.metrics["protocol"] for measurement in found})
     kinds = {kind: worth for measurement in found for kind, worth in measurement.headline.items()}
-    estimates = [estimate for measurement in found for estimate in answers(measurement, metric).values() if estimate]
+    estimates = [
+        of for metric in metrics for one in found for worth in one.headline.values() if (of := worth.get(metric))
+    ]
     counts = sorted({estimate["n"] for estimate in estimates})
     left_out = _left_out(found)
     explained = "".join(f"; {kind}: {what}" for kind, what in evals.load(benchmark).EXPLAIN.items() if kind in kinds)
-    if benchmark == "refinement" and _shows_generated(sweep, metric):
+    if benchmark == "refinement" and _shows_generated(sweep, metrics[0]):
         explained += "; generated: tokens drawn for training so far"
     if any("made" in measurement.metrics for measurement in found):
         explained += "; turns, tokens made: of a prompt's chain, all that were"
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     ours = benchmark in ("refinement", "test_time")
     name, prompts = ("", "held-out prompts") if ours else (f"{benchmark}, ", "prompts")
+    titles = sweep.titles(benchmark)
+    what = titles[metrics[0]] if len(metrics) == 1 else f"{len(metrics)} metrics"
+    name = f"{benchmark}, " if len(metrics) > 1 else name
+    described = [metric for metric in metrics if len(metrics) > 1 and titles[metric] != metric]
+    explained += "".join(f"; {metric}: {titles[metric]}" for metric in described)
+    explained += untested(sweep, {(benchmark, judge, metric): titles[metric] for metric in metrics})
     return (
-        f"{name}{found[0].titles[metric]} on {n} {prompts}, ±: 95 % interval over prompts (not over training seeds); "
+        f"{name}{what} on {n} {prompts}, ±: 95 % interval over prompts (not over training seeds); "
         f"{'; '.join(protocols)}; {left_out}{explained}"
     )
+
+
+def untested(sweep: Sweep, named: Mapping[tuple[str, str | None, str], str]) -> str:
+    """What a title says of the metrics (benchmark, judge, metric) without values by prompt, by what they are called."""
+
+    def paired(benchmark: str, judge: str | None, metric: str) -> bool:
+        found = (one for member in sweep.members for one in member.of(benchmark, judge))
+        return any(of.get(metric) for one in found for of in sweep.items(one).values())
+
+    names = [name for column, name in named.items() if not paired(*column)]
+    return f"; not tested, being of all prompts together, with no value by prompt: {', '.join(names)}" if names else ""
 
 
 def _left_out(found: Sequence[Measurement]) -> str:
     """Prompts without a score, of benchmarks that count them so; others count by turn, and their cells say it."""
     if any("unscored" in turn for one in found for turn in one.metrics.get("turns", ())):
         return "what is unscored stands beside each number"
-    by_record = {one.id: sum(one.record["dropped"].values()) for one in found}
-    return f"{sum(by_record.values()) or 'no'} prompts unscored"
+    most = max(map(_unscored, found))
+    return f"up to {most} prompts of a number unscored, as its n says" if most else "no prompts unscored"
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A table as it is shown: its title, and rows of cells with the header first."""
-
-    title: str
-    rows: list[list[str]]
+def _unscored(measurement: Measurement) -> int:
+    return sum(measurement.record["dropped"].values())
 
 
-def shown(sweep: Sweep) -> list[Shown]:
-    """Every table that the sweep has numbers for."""
+def shown(sweep: Sweep, benchmarks: Sequence[str] = ()) -> list[Table]:
+    """Every table that the sweep has numbers for, or those of some benchmarks."""
     kinds = [
-        (benchmark, judge, metric)
-        for benchmark in sweep.benchmarks
+        (benchmark, judge, metrics)
+        for benchmark in benchmarks or sweep.benchmarks
         for judge in sweep.judges(benchmark)
-        for metric in evals.load(benchmark).METRICS
+        for metrics in together(sweep, benchmark)
     ]
     found = []
-    for benchmark, judge, metric in kinds:
-        if rows := grid(sweep, metric, benchmark, judge):
-            found.append(Shown(title(sweep, metric, benchmark, judge), rows))
+    for benchmark, judge, metrics in kinds:
+        several = len(metrics) > 1
+        rows = all_metrics(sweep, benchmark, judge) if several else grid(sweep, metrics[0], benchmark, judge)
+        if rows:
+            about = title(sweep, metrics, benchmark, judge) + best.note(rows)
+            found.append(Table(about, rows, labels=3 if several else 2))
     about = "after each member's last phase, by the number of answers used; tokens: generated for them a prompt"
-    for benchmark, judge, metric in kinds:
-        if rows := scaling(sweep, metric, benchmark, judge):
-            found.append(Shown(f"{title(sweep, metric, benchmark, judge)}; {about}", rows))
+    for benchmark, judge, metrics in kinds:
+        for metric in metrics:
+            if rows := scaling(sweep, metric, benchmark, judge):
+                found.append(Table(f"{BY_ANSWERS}: {title(sweep, [metric], benchmark, judge)}; {about}", rows))
     return found
 
 
@@ -174,45 +224,19 @@ def overlaps(sweep: Sweep) -> list[str]:
     return [f"overlap {name}: {'; '.join(sorted(lines))}" for name, lines in found.items()]
 
 
-def rich_table(made: Shown) -> Table:
-    table = Table(title=made.title, title_justify="left")
-    for place, name in enumerate(made.rows[0]):
-        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 1, overflow="fold")
-    last = None
-    for row in made.rows[1:]:
-        if last is not None and row[0] != last:
-            table.add_section()
-        table.add_row("" if row[0] == last else row[0], *row[1:])
-        last = row[0]
-    return table
-
-
-def markdown(made: Shown) -> str:
-    lines = [f"**{made.title}**", ""]
-    lines += ["| " + " | ".join(made.rows[0]) + " |", "|" + "---|" * len(made.rows[0])]
-    lines += ["| " + " | ".join(row) + " |" for row in made.rows[1:]]
-    return "\n".join(lines) + "\n"
-
-
-def write(sweep: Sweep, found: Iterable[Shown]) -> list[Path]:
-    """table.md with the tables as shown; table.csv with a line for each member, phase, benchmark, turn and metric.
+def write(sweep: Sweep, found: Sequence[Table]) -> list[Path]:
+    """The tables as shown, in every form; table.csv with a line for each member, phase, benchmark, turn and metric.
 
     Each line leads to its record. test_time.csv has the like, by answers used, where several are. Returns all.
     """
-    files = [sweep.folder / "table.md", sweep.folder / "table.csv"]
-    files[0].write_text("\n".join(map(markdown, found)))
+    files = [*formats.write(sweep.folder, found), sweep.folder / "table.csv"]
     whose = ["member", "phase"]
     number, source = ["metric", "value", "low", "high", "n"], ["protocol", "record"]
-    write_csv(files[1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
+    write_csv(files[-1], [*whose, "benchmark", "turn", *number, "unscored", *source, "generated"], _turns(sweep))
     if scaled := list(_sizes(sweep)):
         files.append(sweep.folder / "test_time.csv")
         write_csv(files[-1], [*whose, "benchmark", "kind", "answers", "tokens", *number, *source], scaled)
     return files
-
-
-def write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 def _numbers(measurement: Measurement, worth: Mapping[str, Any]) -> Iterator[list[Any]]:
@@ -228,7 +252,7 @@ def _turns(sweep: Sweep) -> Iterator[list[Any]]:
             for turn in made.metrics.get("turns", ()):
                 for numbers in _numbers(made, turn):
                     source = [made.metrics["protocol"], made.id, member.generated.get(made.phase, "")]
-                    unscored = turn.get("unscored", 0)
+                    unscored = turn.get("unscored", _unscored(made))
                     yield [member.name, made.phase, made.benchmark, turn["turn"], *numbers, unscored, *source]
 
 

@@ -10,7 +10,7 @@ from conftest import load, sweep_here
 
 from evals import test_time
 from evolve import launch
-from sweeps import card, collect, tables, wandb_log
+from sweeps import card, collect, tables, wandb_rows
 
 SMALL = ["debug=fast", "loss=sft_only", "data.eval_prompts=8", "data.sft_pairs=16", "eval.turns=3"]
 SMALL += ["eval=test_time", "eval.select=verifier", "eval.test_time.answers=4", "eval.stop=unchanged"]
@@ -91,7 +91,7 @@ def test_files(sweep: collect.Sweep) -> None:
 def test_what_wandb_is_told(sweep: collect.Sweep) -> None:
     found: dict[str, Any] = {}
     for measurement in sweep.members[1].measurements:
-        found |= wandb_log._scalars(measurement)
+        found |= wandb_rows.scalars(measurement)
     kinds = {f"{metric}/{kind}" for metric in test_time.METRICS for kind in ("direct", "refined", "gain")}
     kinds |= {f"test_time/{m}/{kind}" for m in test_time.METRICS for kind in ("single", "latest", "oracle", "majority")}
     assert {key for key in found if not key.endswith(("_low", "_high"))} == kinds

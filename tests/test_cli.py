@@ -56,6 +56,7 @@ def test_wrong_command_is_one_line_and_writes_nothing(tmp_path: Path, command: s
 LOOKS = {
     "--help": ["strategy=chain,tree", "few_shot", "beta_refine"],
     "--cfg job": ["alpha: 0.8", "name: chain"],
+    "dry_run=true resources=slurm": ["warning: resources are Slurm's, but stages run right here"],
     "dry_run=true": ["1 member:", "0 reused", "first data", "strategy=chain loss=both"],
     "-m dry_run=true strategy=chain,tree loss=sft,both": ["4 members", "strategy=tree loss=both", "iteration 3"],
     "experiment=figure5 dry_run=true": ["4 members", "strategy=few_shot"],
@@ -116,7 +117,7 @@ def test_paths_are_the_users_first(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("tool", ["sweeps.report", "sweeps.wandb_log"])
+@pytest.mark.parametrize("tool", ["sweeps.report", "sweeps.wandb_log", "sweeps.workspace"])
 def test_tools_explain_themselves(tmp_path: Path, tool: str) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", tool, *words]

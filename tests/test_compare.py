@@ -10,11 +10,11 @@ from test_judges import KEY, MADE, PRICE, READ, SECRET, Fake, endpoint
 
 import evals
 from evals.games import Ask
-from evolve.config import Resources, Section
+from evolve.config import Resources
 from evolve.stages import Context, module, read_rows, stage, write_rows
 from evolve.stages.score import Config as ScoreConfig
-from evolve.store import Report, Stage, Store
-from evolve.workers import Setting, run_logged
+from evolve.store import Report, Stage, StageConfig, Store
+from evolve.workers import Setting, execute
 
 
 def asks(prompt, answer, reference, word="better"):
@@ -219,7 +219,7 @@ def test_identities(server):
     assert len({identity(), *(identity(**dict(values)) for values in other)}) == 1 + len(other)
 
 
-class Empty(Section):
+class Empty(StageConfig):
     pass
 
 
@@ -235,7 +235,7 @@ def test_through_the_store(server, tmp_path, monkeypatch):
     judge = endpoint(server.url, price=PRICE, max_dollars=50)
     made = stage("compare", inputs, benchmark="toy", settings={}, turns=(1, 4), endpoint=judge, scorer=None)
     resources = Resources(workers=1, threads=1, device="cpu", retries=0, lease_timeout=60)
-    outcome = run_logged(made, Setting(store, resources, tmp_path / "logs", {}), lambda done, total: None)
+    outcome = execute(made, Setting(store, resources, tmp_path / "logs", {}), lambda done, total: None)
     assert outcome.status == "done", outcome
     assert read_rows(store.folder(made.id) / "verdicts.jsonl") == EXPECTED
     assert len(list((tmp_path / "outputs" / "judgments").glob("??/*.json"))) == 8

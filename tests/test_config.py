@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evolve import config, launch, plan, sources
+from evolve import config, launch, plan, sources, word_problems
 from evolve.config import CONF, Config, ConfigError
 from evolve.store import Stage, flatten
 
@@ -43,7 +44,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         made = hydra.compose("config", overrides=["~local", *overrides], return_hydra_config=True)
     own = OmegaConf.masked_copy(made, [str(key) for key in made if key != "hydra"])
-    params = OmegaConf.to_container(made.hydra.sweeper.params) if made.hydra.sweeper.params else {}
+    params = OmegaConf.to_container(made.hydra.sweeper.params, resolve=True) if made.hydra.sweeper.params else {}
     return {**OmegaConf.to_container(own, resolve=True), "hydra": {"mode": made.hydra.mode, "params": params}}
 
 
@@ -94,6 +95,8 @@ def test_choice_composes_and_states_every_field(choice: str, scale: str) -> None
         "filter=judge": ["judge=policy"],
         "annotator=server": ["annotator.url=http://localhost:8000/v1", "annotator.model=m"],
     }
+    if scale == "paper":  # which trains on eight devices
+        beside |= {f"loss={name}": ["trainer=default"] for name in ("grpo", "dapo", "gspo")}
     stated = composed(f"scale={scale}", choice, *beside.get(choice, []))
     assert leaves(stated).keys() == leaves(config.load(stated).model_dump()).keys()
 
@@ -298,6 +301,7 @@ REFUSED = {
     "trainer.devices=2 trainer.batch_size=12 trainer.micro_batch=4": [
         "trainer.micro_batch=4: doesn't divide trainer.batch_size=12 over trainer.devices=2; these do: 1, 2, 3, 6"
     ],
+    "trainer=lora trainer.lora.dropout=0.05": ["trainer.lora.dropout=0.05", "set it to 0"],
     "trainer.sharding=fsdp": ["trainer.sharding=fsdp", "trainer.devices above 1"],
     "data.max_length=16 data.max_response_tokens=16": ["data.max_length=16", "data.max_response_tokens=16"],
     "data.eval_path=LICENSE": ["data.eval_path", "leave it null"],
@@ -336,6 +340,8 @@ REFUSED = {
     "judge=policy judge.prompt.path=no.txt": ["judge.prompt.path=no.txt: no such file"],
     "judge=policy_pairwise filter=judge strategy=tree": ["judge.mode=pairwise: compares answers"],
     "judge=policy engine@judge.engine=vllm filter=judge strategy=tree": ["judge.engine.name=vllm", "take hf"],
+    "resources=slurm +resources.slurm.needs.train.minutes=2": ["slurm.signal_seconds=120", "needs.train, of 2 minutes"],
+    "resources=slurm resources.slurm.max_minutes=2": ["slurm.signal_seconds=120", "needs.default, of 2 minutes"],
     "hydra/launcher=moon": ["hydra/launcher=moon: no such choice", "local", "joblib", "submitit_local"],
 }
 
@@ -432,6 +438,15 @@ def test_order_of_overrides_does_not_matter(overrides: list[str]) -> None:
 @hypothesis_settings(max_examples=40, deadline=None)
 def test_runtime_settings_never_change_an_id(base: dict[str, Any], values: dict[str, Any]) -> None:
     assert ids(changed(base, **values)) == ids(config.load(base))
+
+
+def test_which_settings_say_only_how_a_stage_runs() -> None:
+    """Of those that enter no identity all but names, addresses and paths: what these lead to may be an input."""
+    text = {key for key in RUNTIME if key.endswith(".name")} | {"output"}
+    for key in RUNTIME.keys() | {"trainer.devices", "trainer.sharding", "annotator.max_dollars", "resources", "wandb"}:
+        assert config.runs_alike(key) == (key not in text), key
+    for key in ("seed", "loss.alpha", "model.path", "template.path", "judge.model", "engine.url", "engine", "trainer"):
+        assert not config.runs_alike(key), key
 
 
 def test_every_other_setting_changes_an_id() -> None:
@@ -655,7 +670,7 @@ def test_a_tasks_examples_are_part_of_its_questions(tmp_path: Path) -> None:
 
 def test_an_unknown_benchmark_is_one_line() -> None:
     with pytest.raises(
-        ConfigError, match=r"eval.benchmarks: gsm8q: no such .*gsm8k.*refinement, test_time, alpaca_eval"
+        ConfigError, match=r"eval.benchmarks: gsm8q: no such .*gsm8k.*refinement, test_time, drift, alpaca_eval"
     ):
         plan.build("member", load("eval.benchmarks=[gsm8q]"), RESOLVER)
 
@@ -901,6 +916,51 @@ def test_rewards_of_a_reward_model_need_one() -> None:
     (trained,) = stages(member, "reward_model")
     assert [stage.inputs["reward_model"].id == trained.id for stage in stages(member, "reinforce")] == [True]
     assert not load("loss=grpo", "filter=reward_model", "iteration.count=0").trains_reward_model
+
+
+def word_problems_in(folder: Path) -> str:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in word_problems.rows(400, 0)))
+    return f"data.path={file}"
+
+
+def test_a_reward_model_makes_no_slice_new(tmp_path: Path) -> None:
+    """A plan that has counted a file's rows knows that the reward model's are nobody else's."""
+    base = ("debug=fast", "data=word_problems", word_problems_in(tmp_path))
+    without, trained = (load(*base, f"filter={name}") for name in ("verifier", "reward_model"))
+    assert trained.trains_reward_model and not without.trains_reward_model
+    assert set(ids_of(without, "data")) < set(ids_of(trained, "data"))
+    assert ids_of(without, "activate") == ids_of(trained, "activate")
+
+
+def test_slices_that_no_plan_can_count_leave_the_reward_models_rows_out(tmp_path: Path) -> None:
+    base = ("debug=fast", "data=word_problems", word_problems_in(tmp_path), "filter=reward_model")
+    os.truncate(tmp_path / "rows.jsonl", 101 * 2**20)
+    tails = {(stage.config.pool, stage.config.tail) for stage in stages(load(*base), "data")}
+    assert tails == {("eval", 0), ("pairs", 32), ("prompts", 32)}
+
+
+def test_a_plan_counts_no_row_whose_prompt_is_held_out(tmp_path: Path) -> None:
+    """Those of 400 that a file of held-out prompts has, too, are trained on by nobody."""
+    path, held_out = word_problems_in(tmp_path), tmp_path / "held_out.jsonl"
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    held_out.write_text("".join(lines[:100]))
+    data = load("debug=fast", "data=word_problems", path, f"data.eval_path={held_out}").data
+    assert RESOLVER.usable(data) == (300, 300)
+    RESOLVER.check_rows(data, trained=True, iterations=14, reward_model=False)  # 32 + 32 + 14 x 16 = 288
+    with pytest.raises(ConfigError, match="has 300 usable rows"):
+        RESOLVER.check_rows(data, trained=True, iterations=14, reward_model=True)
+
+
+def test_answers_that_a_model_scores_on_the_way_need_its_gpu() -> None:
+    """Also where a server makes them."""
+    base = ("debug=fast", "engine=openai", "engine.url=http://x/v1", "engine.model=m", "eval.stop=score_drop")
+    untrained = ("loss=none", "loss.pt=none", "loss.sft_direct=0")
+    for scorer, gpus in (("reward_model", 1), ("verifier", 0)):
+        found = stages(load(*base, *untrained, f"eval.scorer={scorer}", "reward_model.processes=3"), "respond")
+        assert [stage.config.gpus for stage in found] == [gpus]
+    (first, *_) = stages(load("debug=fast", *base[-1:], "eval.scorer=reward_model", "engine.processes=2"), "respond")
+    assert first.config.gpus == 2
 
 
 def test_tree_settings_belong_to_trees() -> None:

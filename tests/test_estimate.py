@@ -10,7 +10,8 @@ from conftest import load, sweep_here
 
 from evolve import estimate, launch, losses, plan, sources, trainer
 from evolve.config import CONF, ConfigError, PreferenceWeights, SFTWeights
-from evolve.estimate import COUNTED, Estimate
+from evolve.estimate import Estimate
+from evolve.stages import KINDS, module
 from evolve.store import Stage, Store, settings
 
 SMALL = ["debug=fast", "data.eval_prompts=8", "data.sft_pairs=16", "data.offline_pairs=0", "data.prompts=8"]
@@ -81,10 +82,14 @@ def test_other_settings_of_the_same_model_go_by_what_there_is_to_do(out, records
 
 
 def test_stages_of_seconds_are_as_long_as_any(out, records):
-    made = of_kind(records, "pair")
-    _, found = expected(out, "filter.margin=0.1")["iteration 1", "pair"]
-    assert found.how == "same kind"
-    assert found.seconds == pytest.approx(sum(record["seconds"] for record in made) / len(made))
+    """Pairs, and a verifier's scores, of three times as many answers here."""
+    verified = [record for record in of_kind(records, "score") if record["config"]["scorer"] == "verifier"]
+    for made, (_, found) in (
+        (of_kind(records, "pair"), expected(out, "filter.margin=0.1")["iteration 1", "pair"]),
+        (verified, expected(out, "data.eval_prompts=24")["sft", "score"]),
+    ):
+        assert found.how in ("same kind", "same settings") and len(found.measured) == len(made)
+        assert found.seconds == pytest.approx(sum(record["seconds"] for record in made) / len(made))
 
 
 def test_another_models_records_say_nothing(out, tiny):
@@ -116,9 +121,9 @@ def test_limits_hold(out, records):
     blank = estimate._Estimates(stages, stages.keys(), Store(out / "none"), lambda kind: [], {}, None)
     for key, record in records.items():
         stage = stages[key]
-        if stage.kind not in COUNTED:
+        if stage.config.COUNTED is None:
             continue
-        count, done = blank.count(stage), record["values"][COUNTED[stage.kind]]
+        count, done = blank.count(stage), record["values"][stage.config.COUNTED]
         assert count is not None and count >= done, key
         amount, tokens = estimate.work(stage.kind, settings(stage.config, defaults=True), count)
         assert amount >= estimate.work(stage.kind, record["config"], done)[0] > 0
@@ -224,9 +229,6 @@ def test_the_makespan_on_numbers_of_gpus_needs_no_slurm(out, rates, capsys):
 
 
 def test_every_kind_of_stage_says_what_it_is_counted_by():
-    from evolve.estimate import COUNTED, TAKES
-    from evolve.stages import KINDS, LIGHT
-
-    assert set(KINDS) == set(COUNTED) | {"evaluate", "overlap"}
-    assert set(COUNTED) == set(TAKES) | {"data", "questions"}
-    assert set(LIGHT) <= set(KINDS)
+    of = {kind: module(kind).Config for kind in KINDS}
+    assert {kind for kind, config in of.items() if config.COUNTED is None} == {"evaluate", "overlap"}
+    assert {kind for kind, config in of.items() if config.COUNTED and not config.FOLLOWS} == {"data", "questions"}

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve import jobs
-from evolve.config import CONF, Need, Resources, Section, Slurm
-from evolve.stages import KINDS
-from evolve.store import Source, Stage
+from evolve.config import CONF, ConfigError, Need, Resources, Slurm
+from evolve.slurm_job import Run
+from evolve.stages import KINDS, data, module
+from evolve.store import Corrupt, Source, Stage, StageConfig, Store
+from evolve.workers import Setting
 
 HEAVY = ("respond", "score", "reference", "train")
 
 
-class Settings(Section):
+class Settings(StageConfig):
     number: int
-    gpus: int = 1
+    used: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return 0 if self.light else self.used
+
+    @property
+    def ranks(self) -> int:
+        return self.used
+
+
+# Each kind with what it says of itself.
+SETTINGS = {
+    kind: type(kind, (Settings,), {name: getattr(module(kind).Config, name) for name in ("LIGHT", "SHARED")})
+    for kind in KINDS
+}
 
 
 def resources(**needs: Need) -> Resources:
@@ -38,14 +58,14 @@ def graphs(draw) -> list[Stage]:
         inputs = draw(st.lists(st.sampled_from(made), max_size=3)) if made else []
         named = {f"input_{place}": item for place, item in enumerate(inputs)}
         source = Source("data", "somewhere", draw(st.sampled_from("ab")))
-        config = Settings(number=number, gpus=draw(st.integers(0, 2)))
+        config = SETTINGS[kind](number=number, used=draw(st.integers(0, 2)))
         made.append(Stage(kind, 1, config, named or {"data": source}))
     return made
 
 
 def stage(kind: str, *inputs: Stage, gpus: int = 1, number: int = 0) -> Stage:
     named = {f"input_{place}": item for place, item in enumerate(inputs)}
-    return Stage(kind, 1, Settings(number=number, gpus=gpus), named or {"data": Source("data", "x", "x")})
+    return Stage(kind, 1, SETTINGS[kind](number=number, used=gpus), named or {"data": Source("data", "x", "x")})
 
 
 def kinds(made: list[jobs.Job]) -> list[list[str]]:
@@ -70,7 +90,7 @@ def test_a_job_that_others_wait_for_is_needed_whole(graph):
     made = jobs.group(graph, resources())
     for job in made:
         *first, last = job.stages
-        heavy = any(not jobs.light(item) for item in job.stages)
+        heavy = any(not item.config.light for item in job.stages)
         for other in made:
             if other is not job and (heavy or job.inputs):
                 assert not other.inputs & {item.id for item in first}
@@ -156,6 +176,23 @@ def test_gpus_are_those_that_a_stage_uses_where_there_are_some(device, gpus):
     assert job.need.gpus == gpus
 
 
+def test_devices_spread_over_nodes():
+    """As many GPUs on each; and what runs on one of them, a single GPU too, doesn't hold the others meanwhile."""
+    references = stage("reference")
+    trained = stage("train", references, gpus=2)
+    again = stage("train", trained, gpus=2, number=1)
+    made = jobs.group([references, trained, again], resources(train=Need(nodes=2)))
+    assert kinds(made) == [["reference"], ["train", "train"]]
+    assert [(job.need.nodes, job.need.gpus) for job in made] == [(1, 1), (2, 1)]
+
+
+def test_devices_that_do_not_divide_over_nodes_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"^resources\.slurm\.needs\.train\.nodes=2: trainer\.devices=3, .*multiple of 2$"
+    ):
+        jobs.group([stage("train", gpus=3)], resources(train=Need(nodes=2)))
+
+
 def test_a_kind_has_what_default_has_but_for_what_it_says():
     needs = site({"default": {"partition": "a100", "memory": "120G"}, "train": {"minutes": 1440}}).slurm.needs
     assert needs["train"].model_dump() == {**needs["default"].model_dump(), "minutes": 1440}
@@ -176,10 +213,12 @@ def test_the_resources_file_says_what_the_defaults_are():
     [
         ({"options": {"mem": "5G"}}, "options.mem"),
         ({"options": {"--dependency": "x"}}, "options.dependency"),
-        ({"max_jobs": 4, "needs": {"respond": {"shards": 4}}}, "max_jobs"),
+        ({"max_jobs": 4, "needs": {"respond": {"shards": 3}}}, "max_jobs"),
         ({"needs": {"trian": {}}}, "no kind of stage"),
+        ({"needs": {"respond": {"nodes": 2}}}, r"needs\.respond\.nodes=2: runs on one node; .* activate and train"),
+        ({"needs": {"default": {"nodes": 2}}}, r"needs\.default\.nodes=2"),
     ],
-    ids=["memory", "dependency", "shards", "kind"],
+    ids=["memory", "dependency", "shards", "kind", "nodes", "nodes of all"],
 )
 def test_what_cannot_be_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
@@ -202,3 +241,15 @@ def test_an_array_shares_the_first_stage_whose_inputs_are_there():
     assert made[1].shared is answers and made[1].need.shards == 4
     [job] = jobs.group([answers, scores], site({"score": {"shards": 4}}))
     assert job.shared is None
+
+
+def test_a_job_whose_file_was_damaged_in_the_queue_is_refused(tmp_path):
+    """A changed setting would be run under the name of the one that was submitted."""
+    rows = {"pool": "eval", "start": 12345, "count": 8, "reserve": 8, "tail": 0, "seed": 0, "split": "train"}
+    config = data.Config(**rows, eval_split=None, max_characters=None)
+    made = Stage("data", data.VERSION, config, {"data": Source("data", "embedded", "embedded")})
+    run = Run((made,), Setting(Store(tmp_path), resources(), tmp_path, {}), Path("jobs/key"))
+    written = pickle.dumps(run)
+    assert pickle.loads(written).stages[0].id == made.id
+    with pytest.raises(Corrupt, match="jobs/key: damaged since it was submitted"):
+        pickle.loads(written.replace((12345).to_bytes(2, "little"), (12346).to_bytes(2, "little")))

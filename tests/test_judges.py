@@ -704,6 +704,17 @@ def test_the_right_to_ask_of_a_dead_process_is_taken_over(server, tmp_path):
     assert time.monotonic() - began < 30 and not list(tmp_path.rglob("*.asking"))
 
 
+@pytest.mark.parametrize("content", ["", '{"pid": 1', "[]"])
+def test_a_claim_that_was_cut_short_holds_nobody_up_for_ever(tmp_path, content):
+    cache = Cache(tmp_path)
+    claim = cache.path(digest(REQUEST)).with_suffix(".asking")
+    claim.parent.mkdir(parents=True)
+    claim.write_text(content)
+    with cache.asking(digest(REQUEST), threading.Event(), 0.5) as found:
+        assert found is None
+    assert not claim.exists()
+
+
 def test_a_server_without_logprobs_is_found_out_at_once(server, tmp_path):
     server.trouble = lambda body, n: {"logprobs": None}
     asks = [asking(number, logprobs=True) for number in range(40)]

@@ -213,7 +213,8 @@ def test_records_are_whole(finished: Path) -> None:
     assert made.keys() == steps
     for stage_id, record in made.items():
         stage = finished / "store" / stage_id
-        assert {"versions", "code", "host", "started", "seconds", "inputs", "dropped", "tokens"} <= record.keys()
+        said = {"versions", "code", "host", "started", "seconds", "devices", "inputs", "dropped", "tokens"}
+        assert said <= record.keys()
         assert record["files"].keys() == {path.name for path in stage.iterdir()} - {"record.json"}
         assert all(hash_file(stage / name) == entry["sha256"] for name, entry in record["files"].items())
         inputs = [item for item in record["inputs"].values() if "/" in item]
@@ -306,6 +307,7 @@ def test_failure_stops_only_what_depends_on_it(tmp_path: Path) -> None:
     assert times(out) == before
 
 
+@pytest.mark.slow
 def test_killed_worker_fails_its_stage_alone(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(out, *MEMBER) as process:
@@ -362,6 +364,7 @@ def test_interrupted_command_leaves_nothing_behind(tmp_path: Path, when: str) ->
 # ---- damage
 
 
+@pytest.mark.slow
 def test_damaged_result_is_never_used(copied: Path, finished: Path) -> None:
     (model,) = copied.glob("store/activate/*/model.safetensors")
     data = bytearray(model.read_bytes())

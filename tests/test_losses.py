@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve import losses
-from evolve.config import PreferenceWeights, SFTWeights
+from evolve.config import DIRECT_TERMS, PreferenceWeights, SFTWeights
 
 NAMES = losses.DIRECT + losses.REFINE
 PAIRS = 3
@@ -281,7 +281,7 @@ def test_squares_are_least_at_their_target(direct, away, beta):
     total, _ = losses.preference(logp, tensors(zeros), w, tensors(TOKENS))
     np.testing.assert_allclose(total.detach(), 0, atol=1e-20)
     total.sum().backward()
-    for name in losses.DIRECT_LOSSES[direct].sequences:
+    for name in (*losses.DIRECT, *DIRECT_TERMS[direct].refines):
         np.testing.assert_allclose(logp[name].grad, 0, atol=1e-10)
     off = best | {"direct_chosen": [value + away for value in best["direct_chosen"]]}
     factor = (beta / 2) ** 2 if direct == "srpo" else 1

@@ -1,6 +1,7 @@
 """Work in parts: what was finished is kept whatever happens, and who made a row changes nothing."""
 
 import contextlib
+import json
 import os
 import pickle
 import subprocess
@@ -160,6 +161,14 @@ def test_a_command_deals_its_stages_to_processes(tmp_path):
     done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "result  iteration 1" in done.stdout
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("store/*/*/record.json")]
+    devices: dict[str, set[int]] = {}
+    for record in records:  # a verifier scores in one process
+        kind = record["id"].split("/")[0]
+        name = f"score {record['config']['scorer']}" if kind == "score" else kind
+        devices.setdefault(name, set()).add(record["devices"])
+    asked = ("respond", "score reward_model", "score verifier", "pair", "train")
+    assert [devices[name] for name in asked] == [{2}, {2}, {1}, {1}, {1}]
 
 
 def group_seen(progress):

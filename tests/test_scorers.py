@@ -273,7 +273,7 @@ def trained(tiny, tmp_path_factory):
     """The stage's folder and report for a base whose tokenizer is of a kind."""
     rows = world.rows(48, seed=0)
 
-    def trained(kind):
+    def trained(kind, pairs=32, **settings):
         folder = tmp_path_factory.mktemp("trained")
         base, out = folder / "base", folder / "out"
         for each in (base, out, folder / "pairs", folder / "held_out"):
@@ -285,18 +285,17 @@ def trained(tiny, tmp_path_factory):
         tokenizer.pad_token = pad
         tokenizer.chat_template = world.CHAT_TEMPLATE.replace("eos_token }}", f"eos_token + '{behind}' }}}}")
         tokenizer.save_pretrained(base)
-        write_rows(folder / "pairs" / "rows.jsonl", rows[:32])
+        write_rows(folder / "pairs" / "rows.jsonl", rows[:pairs])
         write_rows(folder / "held_out" / "rows.jsonl", rows[32:])
         config = reward_model.Config(
             model=READ,
             checkpoint_dtype="float32",
             epochs=2,
             batch_size=8,
-            micro_batch=8,
-            learning_rate=1e-3,
             max_length=128,
             max_dropped=0.0,
             seed=0,
+            **{"micro_batch": 8, "learning_rate": 1e-3, **settings},
         )
         inputs = {"model": base, "pairs": folder / "pairs", "held_out": folder / "held_out"}
         return out, reward_model.run(config, inputs, out, Context("cpu", lambda done, total: None, folder / "partial"))
@@ -327,6 +326,15 @@ def test_a_reward_model_is_trained_where_it_is_read(trained):
         )
     ]
     assert report.values["held_out_accuracy"] == sum(right) / 16
+
+
+@pytest.mark.slow
+def test_how_many_pairs_run_at_once_changes_no_weight(trained):
+    """Of 13 pairs, the second step has 5: at once, or as 4 and 1."""
+    whole, parts = (
+        weights(trained("pad is EOS", pairs=13, micro_batch=micro, learning_rate=1e-4)[0]) for micro in (8, 4)
+    )
+    assert all(torch.allclose(value, parts[name], atol=1e-6) for name, value in whole.items())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from evals import arena_hard, harness, several
 from evolve import launch, verifiers
 from evolve.config import Strategy
 from evolve.stages import Context, module, read_rows, stage, write_rows
-from sweeps import collect, differences, tables, wandb_log
+from sweeps import collect, differences, tables, wandb_rows
 
 PROBLEMS = [("Ann has 3 pens and buys 4. How many?", 7), ("2 boxes of 600?", 1200), ("9 less 5?", 4)]
 
@@ -213,7 +213,7 @@ def test_the_best_is_judged_beside_direct_and_refined_answers(tmp_path: Path) ->
     for measurement, metric in zip(member.measurements, ("win_rate", "score"), strict=True):
         assert list(measurement.headline) == ["direct", "refined", "gain", "best"]
         assert (
-            "picked from 3 answers (parallel) at temperature 0.7, best selected by trained reward model"
+            "picked from 3 answers (parallel) at temperature 0.7, best selected by trained reward model "
             in (measurement.metrics["protocol"])
         )
         items = sweep.items(measurement)
@@ -230,7 +230,7 @@ def test_the_best_is_judged_beside_direct_and_refined_answers(tmp_path: Path) ->
         ]
         gap = [items["best"][metric][key] - items["direct"][metric][key] for key in items["best"][metric]]
         assert row.difference.value == pytest.approx(fmean(gap))
-        assert wandb_log._scalars(measurement)[f"{measurement.benchmark}/{metric}/best"] == best["value"]
+        assert wandb_rows.scalars(measurement)[f"{measurement.benchmark}/{metric}/best"] == best["value"]
         assert list((sweep.store.folder(measurement.id) / "best").iterdir())
     # Of one answer the best is that one: the direct answer, where its temperature is the same.
     sweep = judged(tmp_path, "eval.test_time.answers=1", "eval.arena_hard.temperature=0.7")

@@ -138,7 +138,7 @@ def test_edit_reaches_the_next_command_alone(checkout: Path, launcher: list[str]
         time.sleep(0.001)
     spoil(checkout)
     stdout, _ = finish(process)
-    assert "table.md" in stdout
+    assert "report.html" in stdout
     (copy,) = copies(checkout)
     seen = imported(checkout)
     assert seen.pop("evolve") == 1  # the process that was started, before it made the copy

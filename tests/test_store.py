@@ -3,10 +3,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve.config import RUNTIME, ConfigError, Section
+from evolve.config import ROOT, RUNTIME, ConfigError, Section
 from evolve.store import (
     RECORD,
     Corrupt,
@@ -23,13 +26,18 @@ from evolve.store import (
     Report,
     Source,
     Stage,
+    StageConfig,
     Store,
+    append,
     canonical,
     digest,
     ended,
     flatten,
+    lines,
+    seal,
     settings,
     this_process,
+    unseal,
 )
 
 
@@ -38,7 +46,7 @@ class Inner(Section):
     boost: float = 1.0
 
 
-class Config(Section):
+class Config(StageConfig):
     inner: Inner
     size: int
     words: tuple[str, ...] = ()
@@ -176,6 +184,19 @@ def test_a_commit_is_read_back(store):
     assert store.litter() == []
 
 
+def test_a_result_is_for_all_whom_the_umask_lets_read(store):
+    """safetensors writes files that only their owner may read."""
+    before = os.umask(0o027)
+    try:
+        with store.build(stage()) as folder:
+            (folder / "model.safetensors").write_text("weights")
+            (folder / "model.safetensors").chmod(0o600)
+            store.commit(stage(), folder, Report(), {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in everything(store)} == {0o640}
+
+
 def everything(store):
     return sorted(path for path in store.root.rglob("*") if path.is_file())
 
@@ -195,7 +216,8 @@ def test_a_report_that_is_no_number_is_not_committed(store):
     assert everything(store) == []
 
 
-def test_a_build_clears_what_a_killed_one_left(store):
+@pytest.mark.parametrize("noted", ["whole", "half", "nothing"])
+def test_a_build_clears_what_a_killed_one_left(store, noted):
     node = stage()
     left = store.folder(node.id).parent / f".tmp-{store.folder(node.id).name}-dead"
     left.mkdir(parents=True)
@@ -206,7 +228,8 @@ def test_a_build_clears_what_a_killed_one_left(store):
         text=True,
         check=True,
     )
-    left.with_suffix(".owner").write_text(gone.stdout)
+    words = {"whole": gone.stdout, "half": gone.stdout[: len(gone.stdout) // 2], "nothing": ""}
+    left.with_suffix(".owner").write_text(words[noted])
     commit(store, node)
     assert list(left.parent.glob(".tmp-*")) == []
 
@@ -374,7 +397,7 @@ def test_another_machines_lease_lives_by_its_heartbeat(store):
     assert store.litter() == []
     foreign(path, age=70)
     assert store.litter() == [path]
-    with taken(store) as lease:
+    with taken(Store(store.root, 3)) as lease:
         assert json.loads(path.read_text())["token"] == lease.token
 
 
@@ -392,16 +415,18 @@ def test_a_process_id_that_was_given_out_again_is_no_holder(store):
     """This process's own id, of a process that began at another time."""
     path = lease_file(store, stage())
     with taken(store):
-        judged = json.loads(path.read_text())
-    path.write_text(json.dumps({**judged, "born": judged["born"] - 100}))
+        judged = unseal(path.read_bytes())
+    path.write_text(seal({**judged, "born": judged["born"] - 100}))
     taken(store).release()
 
 
-def test_an_unreadable_lease_is_taken_over(store):
+def test_an_unreadable_lease_is_taken_over_once_nobody_touches_it(store):
     path = lease_file(store, stage())
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    taken(store).release()
+    assert store.lease(stage()) is None  # whoever holds it goes on touching it
+    os.utime(path, (time.time() - 100,) * 2)
+    taken(Store(store.root, 3)).release()
 
 
 def test_a_lease_that_changes_hands_during_a_look_is_not_stolen(store, monkeypatch):
@@ -431,7 +456,7 @@ def contend(path, guard, start, until, found):
     start.wait()
     held = clashes = 0
     while time.time() < until.value:
-        lease = Lease.take(path, 60.0)
+        lease = Lease.take(path, 3.0)
         if lease is None:
             continue
         try:
@@ -540,6 +565,40 @@ def test_newest_records_come_first_and_broken_ones_never(store):
     assert store.newest("score", 2) == []
 
 
+@pytest.mark.parametrize("before", ["nothing", "a dead lease"])
+def test_a_link_whose_answer_is_lost_is_ours_all_the_same(store, monkeypatch, before):
+    """Over NFS the client then asks again, and hears that the name exists."""
+    path, link = lease_file(store, stage()), os.link
+
+    def lossy(*names: Path) -> None:
+        link(*names)
+        raise FileExistsError
+
+    if before == "a dead lease":
+        foreign(path, age=1000)
+    monkeypatch.setattr(os, "link", lossy)
+    with taken(Store(store.root, 3)) as lease:
+        assert json.loads(path.read_text())["token"] == lease.token
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lease_that_is_being_taken_is_no_litter(store):
+    """Who takes one over looks twice at it, up to a minute apart, with this file in its hands."""
+    taking = lease_file(store, stage()).parent / ".tmp-lease-0123456789abcdef"
+    taking.parent.mkdir(parents=True)
+    taking.write_text("")
+    assert store.litter() == []
+    os.utime(taking, (time.time() - 3700,) * 2)
+    assert store.litter() == [taking]
+
+
+@pytest.mark.parametrize("kind", ["model", "file", "data"])
+def test_a_source_that_this_machine_does_not_see_is_not_asked_of_the_hub(store, tmp_path, kind):
+    gone = tmp_path / "elsewhere" / "rows.jsonl"
+    with pytest.raises(RuntimeError, match=rf"^{gone}: not there as {socket.gethostname()} sees it; put it where"):
+        store.open(Source(kind, str(gone), "0" * 64))
+
+
 def test_litter_is_what_nothing_refers_to(store):
     good, broken, building, dead = (stage(size=size) for size in (1, 2, 3, 4))
     commit(store, good)
@@ -555,3 +614,118 @@ def test_litter_is_what_nothing_refers_to(store):
         expected = [aside, lease_file(store, dead), orphan, store.folder(broken.id)]
         assert sorted(store.litter()) == sorted(expected)
     assert sorted(store.litter()) == sorted(expected)
+
+
+def test_prune_leaves_what_a_waiting_job_goes_on_from(store, tmp_path):
+    """Nobody holds a lease while the job of a stage is back in the queue, or while others make shares of its rows."""
+    waiting, given_up = (store.partial(stage(size=size).id) for size in (1, 2))
+    for folder, days in ((waiting, 6), (given_up, 8)):
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / "weights").write_text("")
+        then = time.time() - 86400 * days
+        for path in (folder / "checkpoint" / "weights", folder / "checkpoint", folder):
+            os.utime(path, (then, then))
+    os.utime(given_up / "checkpoint" / "weights", (0, 0))
+
+    def prune(*words: str) -> None:
+        command = [sys.executable, "-m", "evolve.store", "prune", str(store.root), *words]
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+
+    prune()
+    assert (waiting / "checkpoint" / "weights").exists() and not given_up.exists()
+    prune("--days=5")
+    assert not waiting.exists()
+
+
+# What is damaged where nobody looks
+
+
+@given(st.binary(min_size=1, max_size=1), st.integers(0, 10**6))
+def test_a_changed_byte_of_what_is_sealed_is_seen(byte, place):
+    """Or changes nothing: it is between the words, or names the checksum itself."""
+    value = {"times": 2, "text": "a b", "held": [1.5, None]}
+    text = bytearray(seal(value).encode())
+    text[place % len(text)] = byte[0]
+    try:
+        found = unseal(bytes(text))
+    except Corrupt:
+        return
+    assert {name: found[name] for name in value} == value
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_what_is_cut_short_is_no_content(cut):
+    with pytest.raises(Corrupt):
+        unseal(seal({"times": 2, "text": "a b"})[:cut].encode())
+
+
+def test_a_line_that_was_half_written_spoils_no_other(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert list(lines(path)) == []
+    append(path, {"event": 1})
+    with path.open("a") as file:
+        file.write('{"event": 2, "mess')  # the disk was full
+    append(path, {"event": 3})
+    path.write_text(path.read_text().replace('"event": 1', '"event": 7'))
+    append(path, {"event": 4})
+    assert list(lines(path)) == [{"event": 3}, {"event": 4}]
+
+
+def test_check_puts_what_is_broken_aside_for_the_command_to_make_again(store):
+    whole, broken = stage(size=1), stage(size=2)
+    for node in (whole, broken):
+        commit(store, node)
+    path = store.folder(broken.id) / "rows.jsonl"
+    path.write_text("resulT")  # as long as it was
+    assert store.record(broken) is not None
+    command = [sys.executable, "-m", "evolve.store", "check", str(store.root)]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 1 and f"{broken.id}: rows.jsonl is not what was written" in said.stdout
+    assert store.record(broken) is None and store.record(whole) is not None
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_damaged_lease_of_a_living_holder_is_not_stolen(store, holder):
+    path = lease_file(store, stage())
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"pid": ', b'"pid": 9'))  # which is no process
+    assert store.lease(stage()) is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="birth times are the kernel's ticks under Linux alone")
+def test_a_holder_lives_whatever_the_clock_says(store, holder, tmp_path):
+    """The machine's clock is set: for whoever asks then, the time when it booted has moved with it."""
+    there = Path("/proc/stat").read_text()
+    booted = int(there.split("btime ")[1].split()[0])
+    stat = tmp_path / "stat"
+    stat.write_text(there.replace(f"btime {booted}", f"btime {booted + 18000}"))
+    look = "import sys, evolve.store as s; print(s.ended(s.unseal(open(sys.argv[1], 'rb').read())))"
+    script = 'mount --bind "$0" /proc/stat && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, stat, sys.executable, "-c", look, lease_file(store, stage())]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if "Operation not permitted" in found.stderr or "permission denied" in found.stderr:
+        pytest.skip("mounting needs root")
+    assert found.stdout == "False\n", found.stderr
+
+
+@pytest.mark.parametrize("jump", [18000, -18000])
+def test_another_machines_lease_outlives_a_jump_of_the_servers_clock(tmp_path, jump):
+    """It looks dead until its next beat; a dead one is taken over, even if it beat in the future."""
+    store = Store(tmp_path / "store", 1.5)
+    path = lease_file(store, stage())
+    foreign(path, age=jump)
+    beating = threading.Timer(0.1, os.utime, [path])
+    beating.start()
+    assert store.lease(stage()) is None
+    beating.join()
+    os.utime(path, (time.time() - jump,) * 2)
+    taken(store).release()
+
+
+def test_a_stage_that_was_damaged_while_it_waited_is_another_one():
+    """What is pickled is what will run: its identity is found out again, so no result has another's name."""
+    node = stage(size=12345)
+    known = node.id
+    assert pickle.loads(pickle.dumps(node)).id == known
+    damaged = pickle.dumps(node).replace((12345).to_bytes(2, "little"), (12346).to_bytes(2, "little"))
+    assert pickle.loads(damaged).id != known

@@ -460,6 +460,20 @@ def test_a_checkpoint_half_written_does_not_count(tiny, examples, objective, tmp
     assert trainer.last_checkpoint(folder) == folder / "checkpoint-5"  # what comes after the last step is the stage's
 
 
+def test_a_checkpoint_that_was_damaged_is_not_trained_from(tiny, examples, objective, tmp_path):
+    whole = fresh(tiny)
+    expected = fit(whole, objective, examples, tmp_path / "whole", epochs=2).steps
+    folder = tmp_path / "cut"
+    interrupted(tiny, objective, examples, folder, 4, epochs=2)
+    path = folder / "checkpoint-3" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of a weight: it loads as well as before
+    path.write_bytes(content)
+    model, steps, seen = resumed(tiny, objective, examples, folder, epochs=2)
+    assert seen == [3, 4, 5, 6]
+    assert steps == expected and same_bits(model, whole)
+
+
 def test_growth_is_measured_from_the_first_step_of_all(tiny, examples, objective, tmp_path):
     interrupted(tiny, objective, examples, tmp_path, 3, epochs=2)
     grown = trainer.Objective(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from evolve.config.engines import HF, VLLM, Engine, Server
 from evolve.config.evaluation import (
@@ -33,6 +34,7 @@ from evolve.config.evaluation import (
     StandIn,
 )
 from evolve.config.method import (
+    DIRECT_TERMS,
     Data,
     Filter,
     Lora,
@@ -56,6 +58,7 @@ from evolve.config.tree import Config, Wandb
 
 __all__ = [
     "CONF",
+    "DIRECT_TERMS",
     "HERE",
     "HF",
     "ROOT",
@@ -102,6 +105,7 @@ __all__ = [
     "load",
     "one_line",
     "refuse",
+    "runs_alike",
     "unknown_key",
 ]
 
@@ -151,13 +155,11 @@ def _explain(error: ValidationError) -> str:
 
 def unknown_key(key: str) -> str:
     """One line for a key that the configuration does not have, with the keys that stand beside it."""
-    sections: list[Any] = [Config]  # several: one for each choice
+    sections: list[Any] = [Config]
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         found = [section.model_fields[parent] for section in sections if parent in section.model_fields]
-        kinds = [kind for field in found for kind in (field.annotation, *get_args(field.annotation))]  # or null
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
+        if not (inner := _sections(found)):
             parents, last = parents[:depth], parent
             break
         sections = inner
@@ -169,6 +171,30 @@ def unknown_key(key: str) -> str:
     prefix = f"{where}." if where else ""
     hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
     return f"{key}: unknown key{hint}; {where or 'the configuration'} has: {', '.join(choices)}"
+
+
+def runs_alike(key: str) -> bool:
+    """Whether a setting, or a section, says only where and how stages run.
+
+    Not so of a name, a path, an address: they may be RUNTIME, but what they lead to counts.
+    """
+    sections: list[Any] = [Config]
+    for name in key.split("."):
+        found = [section.model_fields[name] for section in sections if name in section.model_fields]
+        if found and all(RUNTIME in field.metadata and str not in _kinds(field) for field in found):
+            return True
+        sections = _sections(found)
+    return False
+
+
+def _kinds(field: FieldInfo) -> tuple[Any, ...]:
+    return (field.annotation, *get_args(field.annotation))  # or null
+
+
+def _sections(found: Sequence[FieldInfo]) -> list[Any]:
+    """Those that stand in these fields: several, one for each choice."""
+    kinds = [kind for field in found for kind in _kinds(field)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def one_line(error: Exception, overrides: Sequence[str] = ()) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evolve.config.section import (
     HERE,
@@ -22,6 +22,26 @@ from evolve.config.section import (
 
 Stop = Literal["unchanged", "score_drop"]
 DirectLoss = Literal["dpo", "ipo", "simpo", "sppo", "srpo"]
+
+
+class DirectTerm(NamedTuple):
+    """What an L_direct (losses.py) is a function of, beside both answers' own log-probabilities.
+
+    refines: log-probabilities of refinements. settings: of PreferenceWeights. relative: to a reference model's.
+    """
+
+    refines: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ("beta_direct",)
+    relative: bool = True
+
+
+DIRECT_TERMS: dict[str, DirectTerm] = {
+    "dpo": DirectTerm(),
+    "ipo": DirectTerm(),
+    "simpo": DirectTerm(settings=("beta_direct", "gamma"), relative=False),
+    "sppo": DirectTerm(),
+    "srpo": DirectTerm(refines=("rejected_chosen", "chosen_rejected")),
+}
 
 
 def accumulation(section: str, batch_size: int, micro_batch: int, devices: int = 1) -> int:
@@ -165,8 +185,8 @@ class PreferenceWeights(Section):
     @property
     def reference_contexts(self) -> tuple[str, ...]:
         """Where log-probabilities under the reference model are needed: of direct answers, of refinements, or both."""
-        direct, refines = self.direct not in (None, "simpo"), self.alpha > 0 or self.direct == "srpo"
-        return ("direct",) * direct + ("refine",) * refines
+        term = DIRECT_TERMS[self.direct] if self.direct else DirectTerm(relative=False)
+        return ("direct",) * term.relative + ("refine",) * (self.alpha > 0 or bool(term.refines))
 
 
 class PolicyGradient(Section):
@@ -222,7 +242,7 @@ class Loss(Section):
             alpha=self.alpha,
             direct=self.direct if directs else None,
             lengths=self.lengths if directs else None,
-            gamma=self.gamma if directs and self.direct == "simpo" else None,
+            gamma=self.gamma if directs and "gamma" in DIRECT_TERMS[self.direct].settings else None,
             beta_direct=self.beta_direct if directs else None,
             beta_refine=self.beta_refine if refines else None,
             refine_contexts=self.refine_contexts if refines else None,
@@ -242,6 +262,21 @@ class Filter(Section):
     select: Literal["best_worst", "last_first", "best_random", "all"]
     margin: Weight
     unfinished: Literal["drop", "keep"]
+
+    @property
+    def compares(self) -> bool:
+        """Whether it goes by scores."""
+        return self.select != "last_first"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it takes a seed."""
+        return self.select == "best_random"
+
+    @property
+    def several(self) -> bool:
+        """Whether a prompt may give more than one pair."""
+        return self.select == "all"
 
 
 class RewardModel(Section):
@@ -279,8 +314,18 @@ class Lora(Section):
 
     rank: Positive
     alpha: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: float
     targets: str
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_none(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"trainer.lora.dropout={dropout:g}: which inputs are dropped would go by micro-batches, layout and "
+                "devices, and no result may; set it to 0"
+            )
+        return dropout
 
 
 class Optimiser(Section):

@@ -21,11 +21,13 @@ def size(memory: Any) -> str:
 
 
 class Need(Section):
-    """What the job of a stage gets. gpus: None for as many as the stage uses. The rest is sbatch's.
+    """What a stage's job gets on each of its nodes. gpus: None for as many as the stage uses. The rest is sbatch's.
 
-    shards: jobs of an array that deal the stage's rows among them, before one job makes the whole of it.
+    nodes: that a training's devices are spread over evenly. shards: jobs of an array that deal the stage's rows among
+    them, before one job makes the whole of it.
     """
 
+    nodes: Positive = 1
     shards: Positive = 1
     gpus: Count | None = None
     cpus: Positive = 8
@@ -87,6 +89,8 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _options_are_no_others(self) -> Slurm:
+        from evolve.stages import KINDS, module
+
         for where, options in [
             ("", self.options),
             *((f".needs.{name}", need.options) for name, need in self.needs.items()),
@@ -96,14 +100,26 @@ class Slurm(Section):
                     f"{HERE}{where}.options.{name}: has a setting of its own or is the launcher's; leave it out"
                 )
         for name, need in self.needs.items():
-            if self.max_jobs is not None and need.shards >= self.max_jobs:
+            if need.nodes > 1 and name not in (able := [kind for kind in KINDS if module(kind).Config.SPREADS]):
                 raise ValueError(
-                    f"{HERE}.needs.{name}.shards={need.shards}: with the job that follows more than {HERE}.max_jobs="
-                    f"{self.max_jobs}"
+                    f"{HERE}.needs.{name}.nodes={need.nodes}: runs on one node; only training spreads over several, so "
+                    f"set it for {' and '.join(able)} alone"
+                )
+            minutes = min(need.minutes, self.max_minutes or need.minutes)
+            if self.signal_seconds + EARLY >= 60 * minutes:
+                raise ValueError(
+                    f"{HERE}.signal_seconds={self.signal_seconds}: a job of {HERE}.needs.{name}, of {minutes} minutes, "
+                    f"would be told to go as it starts (Slurm does so {EARLY} to {2 * EARLY} s early)"
+                )
+            if self.max_jobs is not None and 1 < need.shards > self.max_jobs - 2:
+                raise ValueError(
+                    f"{HERE}.needs.{name}.shards={need.shards}: with the job that follows and the one that submits the "
+                    f"rest more than {HERE}.max_jobs={self.max_jobs}"
                 )
         return self
 
 
+EARLY = 30  # seconds that slurmctld sends a signal before it is due, and up to as many more: it looks twice a minute
 SMALL = {"gpus": 0, "cpus": 1, "memory": "4G", "minutes": 60}
 OURS = {
     *("array", "comment", "dependency", "job-name", "output", "error", "requeue", "no-requeue", "signal", "nodes"),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from evals import HELD_OUT
 from evolve.config.engines import Engine
 from evolve.config.evaluation import Endpoint, Eval, Judge, NoJudge, Questions, StandIn
 from evolve.config.method import (
@@ -68,7 +69,7 @@ class Config(Section):
     @property
     def asked(self) -> dict[str, Questions]:
         """The settings of the benchmarks that ask questions of their own, by name; lm-eval's tasks share theirs."""
-        names = [name for name in self.eval.benchmarks if name not in ("refinement", "test_time")]
+        names = [name for name in self.eval.benchmarks if name not in HELD_OUT]
         return {name: getattr(self.eval, name, self.eval.harness) for name in names}
 
     def selects(self, own: Questions) -> bool:
@@ -83,7 +84,7 @@ class Config(Section):
     @property
     def uses_reward_model(self) -> bool:
         needs: list[str] = [self.filter.scorer] if self.trained_iterations else []
-        needs += [self.eval_scorer] if {"refinement", "test_time"} & set(self.eval.benchmarks) else []
+        needs += [self.eval_scorer] if set(HELD_OUT) & set(self.eval.benchmarks) else []
         needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
         if isinstance(self.annotator, StandIn) and {"alpaca_eval", "arena_hard"} & set(self.eval.benchmarks):
             needs += [self.annotating_scorer]
@@ -229,7 +230,7 @@ class Config(Section):
                 "sampling.temperature=0: all answers to a prompt would be the same, and loss.pt=rewards compares them; "
                 "set one above 0"
             )
-        if self.filter.select != "last_first" and self.filter.scorer == "none":
+        if self.filter.compares and self.filter.scorer == "none":
             refuse(f"filter.select={self.filter.select}: needs a scorer; set filter.scorer=reward_model or verifier")
         if self.strategy.stop is not None:
             refuse(
@@ -242,7 +243,7 @@ class Config(Section):
                 "take strategy.expand=every or a filter that scores"
             )
         pairs = self.loss.pt == "pairs" and self.iteration.count > 0
-        if self.filter.select == "last_first" and self.strategy.name == "parallel" and pairs:
+        if not self.filter.compares and self.strategy.name == "parallel" and pairs:
             refuse(
                 f"filter.name={self.filter.name}: prefers the last refinement, and strategy.name=parallel makes none; "
                 "take a filter that scores"

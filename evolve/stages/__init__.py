@@ -10,6 +10,7 @@ stay inside `run`, so that planning needs none.
     activate     model, pairs -> model                   (SFT)            a model's folder, steps.jsonl
     respond      model, prompts -> answers               (a strategy)     answers.jsonl
     likelihood   model, questions -> log-likelihoods of the choices       likelihoods.jsonl
+    perplexity   model, answers -> their log-probabilities                log_probabilities.jsonl
     score        answers -> scores                       (a scorer)       scores.jsonl
     pick         answers, scores -> the best answer                       answers.jsonl
     compare      answers, questions -> verdicts          (a judge)        verdicts.jsonl, replies.jsonl
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evolve.config import Optimiser, Section, Template
-from evolve.store import Report, Source, Stage
+from evolve.store import Report, Source, Stage, StageConfig
 
 KINDS = (
     "data",
@@ -40,6 +41,7 @@ KINDS = (
     "activate",
     "respond",
     "likelihood",
+    "perplexity",
     "score",
     "pick",
     "compare",
@@ -50,8 +52,6 @@ KINDS = (
     "evaluate",
     "overlap",
 )
-SHARED = ("respond", "likelihood", "score")  # their rows can be made by several jobs at once (parts.py)
-LIGHT = ("data", "questions", "pick", "pair", "evaluate", "overlap")  # they take seconds, and no GPU
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Context:
 class Module(Protocol):
     VERSION: int
 
-    class Config(Section): ...
+    class Config(StageConfig): ...
 
     @staticmethod
     def run(config: Any, inputs: Mapping[str, Path], out: Path, context: Context) -> Report: ...
@@ -97,9 +97,10 @@ class ModelSettings(Section):
     trust_remote_code: bool
 
 
-class Fitting(Section):
+class Fitting(StageConfig):
     """What activation and preference training have in common; `loss` is each one's own."""
 
+    SPREADS = True
     model: ModelSettings
     checkpoint_dtype: str
     template: Template
@@ -112,7 +113,6 @@ class Fitting(Section):
 
     @property
     def ranks(self) -> int:
-        """How many processes, each with a device, run the stage together (ranks.py)."""
         return self.optimiser.devices
 
     @property

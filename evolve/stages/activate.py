@@ -13,6 +13,9 @@ VERSION = 2
 
 
 class Config(Fitting):
+    COUNTED = "pairs"
+    FOLLOWS = "pairs"
+
     loss: SFTWeights
 
 

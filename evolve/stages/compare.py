@@ -20,19 +20,22 @@ from pydantic import Field, model_validator
 import evals
 from evals.judges import Judge, Verdict
 from evolve import parts
-from evolve.config import Endpoint, Section
+from evolve.config import Endpoint
 from evolve.scorers import TOKENS
 from evolve.stages import Context, read_rows, score, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 
 
-class Config(Section):
+class Config(StageConfig):
     """settings: what the benchmark's `asks` take beside prompt, answer and reference. reading: the same of `read`.
 
     turns: which are judged, from 1.
     """
+
+    COUNTED = "verdicts"
+    FOLLOWS = "answers"
 
     benchmark: str
     settings: dict[str, Any]

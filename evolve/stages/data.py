@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Literal
 
 from evolve import data
-from evolve.config import Section
 from evolve.stages import Context, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 
 
-class Config(Section):
+class Config(StageConfig):
+    LIGHT = True
+    COUNTED = "rows"
+
     pool: Literal["eval", "pairs", "prompts"]
     start: int  # of the slice in its pool; negative: from the end
     count: int
     reserve: int  # rows at the start of the source that are held out, so not in any pool but eval
-    tail: int  # rows at its end that are a reward model's, so not in any other slice
+    tail: int  # rows at its end that are a reward model's, so not in this slice; 0 where the plan has seen to that
     seed: int
     split: str
     eval_split: str | None

@@ -10,18 +10,21 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from evals.games import Replies, Reply
-from evolve.config import RUNTIME, Section, Strategy
+from evolve.config import RUNTIME, Strategy
 from evolve.stages import Context, read_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
-VERSION = 3
+VERSION = 4
 # Inputs by the file that `measure` gets the rows of; any other is a file itself.
 ROWS = {"questions": "rows.jsonl"} | {use: f"{use}.jsonl" for use in ("answers", "likelihoods", "verdicts")}
-ROWS |= dict.fromkeys(("scores", "select"), "scores.jsonl")
+ROWS |= dict.fromkeys(("scores", "select", "gold", "proxy"), "scores.jsonl")
+ROWS |= dict.fromkeys(("policy", "base"), "log_probabilities.jsonl")
 ROWS |= {"samples": "answers.jsonl", "best_answers": "answers.jsonl", "best_verdicts": "verdicts.jsonl"}
 
 
-class Config(Section):
+class Config(StageConfig):
+    LIGHT = True
+
     benchmark: str
     # What to quote a number with: the inputs' identities say the same, and names in it are only names.
     protocol: Annotated[str, RUNTIME]
@@ -52,9 +55,10 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     (out / "items.json").write_text(json.dumps(measured.items) + "\n")
     if measured.records:
         measured.records(out)
-    found = benchmark.headline(measured.metrics)
-    metric = next((name for name in benchmark.METRICS if any(worth.get(name) for worth in found.values())), None)
-    values = {name: worth[metric]["value"] for name, worth in found.items() if name != "gain" and worth.get(metric)}
+    main = next(iter(evals.titles(config.benchmark, [measured.metrics])), None)
+    maximised = main not in measured.metrics.get("less_is_better", ())  # by a search, whose objective `values` are
+    found = benchmark.headline(measured.metrics) if maximised else {}
+    values = {name: worth[main]["value"] for name, worth in found.items() if name != "gain" and worth.get(main)}
     return Report(dropped=measured.dropped, values=values)
 
 

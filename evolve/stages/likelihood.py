@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from evolve import parts
-from evolve.config import RUNTIME, Section
+from evolve.config import RUNTIME
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 ROWS = 256  # that are asked together
 
 
-class Config(Section):
+class Config(StageConfig):
+    SHARED = True
+    COUNTED = "questions"
+    FOLLOWS = "questions"
+
     model: ModelSettings
     batch_size: Annotated[int, RUNTIME] = 16
 

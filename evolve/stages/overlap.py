@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from evolve.config import Section
 from evolve.stages import Context, read_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 
 
-class Config(Section):
+class Config(StageConfig):
+    LIGHT = True
+
     words: int  # of a stretch that counts as overlap
 
 

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evolve import filters
-from evolve.config import Filter, Section
+from evolve.config import Filter
 from evolve.stages import Context, read_rows, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 from evolve.strategies import Answer
 
 VERSION = 2
 
 
-class Config(Section):
+class Config(StageConfig):
+    LIGHT = True
+    COUNTED = "pairs"
+    FOLLOWS = "answers"
+
     filter: Filter
     seed: int | None = None  # of a filter that draws
 
@@ -39,7 +43,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             chosen, rejected = answers[pair.chosen], answers[pair.rejected]
             later += chosen.turn > rejected.turn
             # References are joined by id, so that each pair has its own.
-            several = f"/{pair.chosen}-{pair.rejected}" if config.filter.select == "all" else ""
+            several = f"/{pair.chosen}-{pair.rejected}" if config.filter.several else ""
             kept.append(
                 {
                     "id": f"{row['id']}{several}",

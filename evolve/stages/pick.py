@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evals import picks
-from evolve.config import Section
 from evolve.stages import Context, read_rows, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 
 
-class Config(Section):
-    pass
+class Config(StageConfig):
+    LIGHT = True
+    COUNTED = "prompts"
+    FOLLOWS = "answers"
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evolve.config import Section
 from evolve.stages import Context, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 1
 EMBEDDED = 256  # questions of the embedded world, where no limit says else
 
 
-class Config(Section):
+class Config(StageConfig):
+    LIGHT = True
+    COUNTED = "questions"
+
     benchmark: str
     limit: int | None
     settings: dict[str, Any]

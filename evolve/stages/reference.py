@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from evolve.config import RUNTIME, Section, Template
+from evolve.config import RUNTIME, Template
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 2
 
 
-class Config(Section):
+class Config(StageConfig):
+    COUNTED = "pairs"
+    FOLLOWS = "pairs"
+
     model: ModelSettings
     contexts: Literal["direct", "refine"]
     template: Template

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from evolve.config import RUNTIME, Optimiser, PolicyGradient, Sampling, Section
+from evolve.config import RUNTIME, Optimiser, PolicyGradient, Sampling
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.stages.score import Config as ScoreConfig
 from evolve.stages.score import load_scorer
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 2
 
 
-class Config(Section):
+class Config(StageConfig):
+    COUNTED = "answers"
+    FOLLOWS = "prompts"
+
     model: ModelSettings
     checkpoint_dtype: str
     loss: PolicyGradient

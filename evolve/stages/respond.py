@@ -9,17 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evolve import parts
-from evolve.config import Engine, Sampling, Section, Strategy, Template
+from evolve.config import Engine, Sampling, Strategy, Template
 from evolve.scorers import Item
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
 from evolve.stages.score import Config as ScoreConfig
 from evolve.stages.score import load_scorer
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 3
 
 
-class Config(Section):
+class Config(StageConfig):
+    SHARED = True
+    COUNTED = "answers"
+    FOLLOWS = "prompts"
+
     model: ModelSettings
     engine: Engine
     strategy: Strategy
@@ -34,7 +38,8 @@ class Config(Section):
 
     @property
     def gpus(self) -> int:
-        return self.engine.gpus
+        scorer = 0 if self.scorer is None else min(1, self.scorer.gpus)  # it shares its process's device
+        return max(self.engine.gpus, scorer)
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context) -> Report:

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from evolve.config import RUNTIME, Section
+from evolve.config import RUNTIME
 from evolve.data import has_pair
 from evolve.scorers import Item, RewardModel
 from evolve.stages import Context, ModelSettings, read_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
-VERSION = 2
+VERSION = 3
 
 
-class Config(Section):
+class Config(StageConfig):
+    COUNTED = "pairs"
+    FOLLOWS = "pairs"
+
     model: ModelSettings
     checkpoint_dtype: str
     epochs: int
@@ -66,6 +69,17 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
     padding.pad_token_id = pad
     micro = min(config.micro_batch, config.batch_size)
 
+    class Trainer(RewardTrainer):
+        """TRL's loss is a mean over a micro-batch, of which a step's last may be short; here every pair of a step
+        weighs the same."""
+
+        def _get_num_items_in_batch(self, batch_samples, device):
+            return torch.tensor(sum(len(batch["input_ids"]) for batch in batch_samples))
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            share = len(inputs["input_ids"]) / num_items_in_batch
+            return share * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             context.progress(state.global_step, state.max_steps)
@@ -89,13 +103,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
             dataloader_pin_memory=False,
         )
         one_device(arguments)
-        trainer = RewardTrainer(
+        trainer = Trainer(
             model=model,
             processing_class=padding,
             train_dataset=Dataset.from_list(encoded),
             callbacks=[Steps()],
             args=arguments,
         )
+        trainer.model_accepts_loss_kwargs = True  # so that the Trainer divides by no number of micro-batches
         trainer.train()
     model.to(getattr(torch, config.checkpoint_dtype)).save_pretrained(out)
     if pad in tokenizer.all_special_ids:

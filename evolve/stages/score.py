@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from evolve import parts, verifiers
-from evolve.config import RUNTIME, Judge, Sampling, Section
+from evolve.config import RUNTIME, Judge, Sampling
 from evolve.scorers import TOKENS, Item, RewardModel, Score, Scorer, VLLMRewardModel
 from evolve.stages import Context, ModelSettings, read_rows, write_rows
-from evolve.store import Report
+from evolve.store import Report, StageConfig
 
 VERSION = 2
 ROWS = 256  # that are scored together
 
 
-class Config(Section):
+class Config(StageConfig):
+    SHARED = True
+    COUNTED = "answers"
+    FOLLOWS = "answers"
+
     scorer: Literal["verifier", "reward_model", "judge"]
     verifier: str | None
     model: ModelSettings | None  # of a reward model or judge

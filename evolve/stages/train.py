@@ -18,6 +18,9 @@ VERSION = 2
 
 
 class Config(Fitting):
+    COUNTED = "pairs"
+    FOLLOWS = "pairs"
+
     loss: PreferenceWeights
     starts_at_reference: bool  # then the first step's losses are known exactly, and checked
 

@@ -15,6 +15,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("cluster")
+    items.sort(key=lambda item: item.path.name != "test_sweeps.py")  # the longest first, so that none is left alone
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,184 @@
+"""What drift measures: likelihoods against transformers' own, and numbers worked out by hand."""
+
+import json
+
+import pytest
+from conftest import load
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu import sentence_bleu
+
+from evals import drift
+from evolve import plan, sources
+from evolve.stages import Context, ModelSettings, module, read_rows
+
+READ = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
+
+
+def weigh(model, answers, template, out, batch=8):
+    """Rows of the stage `perplexity`, and its report."""
+    settings = {"model": READ, "template": template, "micro_batch": batch}
+    config = module("perplexity").Config(**settings)
+    out.mkdir()
+    context = Context("cpu", lambda done, total: None, out / "partial")
+    report = module("perplexity").run(config, {"model": model, "answers": answers}, out, context)
+    return read_rows(out / "log_probabilities.jsonl"), report
+
+
+def by_hand(model, tokenizer, messages, answer, finished):
+    """log pi(answer | messages) by transformers alone."""
+    import torch
+
+    before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = before + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids += [tokenizer.eos_token_id] if finished else []
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(sum(logits[place - 1, ids[place]] for place in range(len(before), len(ids)))), len(ids) - len(before)
+
+
+def test_answers_are_weighed_in_the_context_they_were_made_in(tiny, template, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evolve import templates
+
+    (tmp_path / "made").mkdir()
+    rows = [
+        {
+            "id": str(number),
+            "prompt": prompt,
+            "answers": [
+                {"text": "1 2 3", "given": [], "turn": 1, "tokens": 4, "end": "stop", "read": 0},
+                {"text": "2 0", "given": [0], "turn": 2, "tokens": 2, "end": "length", "read": 0},
+                {"text": "3 3 3", "given": [0, 1], "turn": 3, "tokens": 4, "end": "stop", "read": 0},
+                {"text": "", "given": [2], "turn": 4, "tokens": 0, "end": "too long", "read": 0},
+            ],
+        }
+        for number, prompt in enumerate(["3 0 1 2 0 1 2", "0 0", "1 1 1"])
+    ]
+    (tmp_path / "made" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, report = weigh(tiny, tmp_path / "made", template, tmp_path / "out", batch=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    for row, weighed in zip(rows, found, strict=True):
+        prompt = row["prompt"]
+        contexts = [
+            templates.direct(prompt),
+            templates.refine(template, prompt, ["1 2 3"]),
+            templates.refine(template, prompt, ["1 2 3", "2 0"]),
+        ]
+        *made, missing = weighed["answers"]
+        assert weighed["id"] == row["id"] and missing is None
+        for context, answer, (value, tokens) in zip(contexts, row["answers"], made, strict=False):
+            expected, length = by_hand(model, tokenizer, context, answer["text"], answer["end"] == "stop")
+            assert tokens == length and value == pytest.approx(expected, rel=1e-4)
+    assert report.values == {"answers": 12} and report.dropped == {"answers that were not made": 3}
+    alone, _ = weigh(tiny, tmp_path / "made", template, tmp_path / "alone", batch=1)
+    assert [one[0] for row in alone for one in row["answers"] if one] == pytest.approx(
+        [one[0] for row in found for one in row["answers"] if one], rel=1e-5
+    )
+
+
+WORDS = st.lists(st.sampled_from("abcd"), max_size=6).map(" ".join)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=8), st.integers(1, 3))
+def test_distinct_is_the_share_of_different_ones(texts, size):
+    named = {str(number): text for number, text in enumerate(texts)}
+    grams = [
+        tuple(words[first : first + size]) for words in map(str.split, texts) for first in range(len(words) - size + 1)
+    ]
+    values = drift.distinct(named, size)
+    if not grams:
+        assert values == {}
+    else:
+        assert values.keys() == named.keys()
+        assert sum(values.values()) / len(values) == pytest.approx(len(set(grams)) / len(grams))
+
+
+def test_the_spread_of_distinct_is_the_jackknifes():
+    from scipy import stats
+
+    texts = {"1": "a b c d", "2": "a b a b", "3": "c d e"}
+    shares = []  # without each: 2 of 3 + 2 ... counted by hand
+    shares.append(4 / 5)  # ab ba ab cd de
+    shares.append(4 / 5)  # ab bc cd cd de
+    shares.append(4 / 6)  # ab bc cd ab ba ab
+    spread = stats.sem([drift.distinct(texts, 2)[key] for key in texts])
+    middle = sum(shares) / 3
+    assert spread == pytest.approx((2 / 3 * sum((share - middle) ** 2 for share in shares)) ** 0.5)
+
+
+def test_self_bleu_is_sacrebleus():
+    texts = {"1": "a b c d e", "2": "a b c d f", "3": "g h i j k"}
+    found = drift.self_bleu(texts)
+    assert found["1"] == sentence_bleu(texts["1"], [texts["2"], texts["3"]]).score
+    assert found["3"] == sentence_bleu(texts["3"], [texts["1"], texts["2"]]).score < 10 < found["1"]
+    assert drift.self_bleu(dict.fromkeys("xyz", "a b c d e")) == pytest.approx(dict.fromkeys("xyz", 100))
+    assert drift.self_bleu({"1": "a b"}) == {}
+
+
+def rows(*values):
+    """answers, gold, policy, base of two turns a prompt: (text, score, log-probability by the model, by the base)."""
+    names = [str(number) for number in range(len(values))]
+    return (
+        [{"id": n, "answers": [{"text": turn[0]} for turn in v]} for n, v in zip(names, values, strict=True)],
+        [{"id": n, "scores": [turn[1] for turn in v]} for n, v in zip(names, values, strict=True)],
+        *(
+            [{"id": n, "answers": [[turn[side], 4] for turn in v]} for n, v in zip(names, values, strict=True)]
+            for side in (2, 3)
+        ),
+    )
+
+
+def test_numbers_by_hand():
+    answers, gold, policy, base = rows(
+        [("a b c", 0.0, -4.0, -6.0), ("a b c d", 1.0, -1.0, -8.0)],
+        [("a b", 0.5, -2.0, -2.0), ("a b c d", 0.5, -2.0, -4.0)],
+    )
+    proxy = [{"id": row["id"], "scores": [2.0, 5.0]} for row in answers]
+    measured = drift.measure(answers, gold, policy, base, "said", proxy)
+    direct, refined, gain = drift.headline(measured.metrics).values()
+    assert {name: refined[name]["value"] for name in drift.METRICS} == pytest.approx(
+        {
+            "gold": 0.75,
+            "proxy": 5.0,
+            "characters": 7.0,
+            "distinct_2": 0.5,
+            "self_bleu": 100.0,
+            "log_perplexity": 1.5,
+            "kl": 4.5,
+        }
+    )
+    assert (direct["kl"]["value"], direct["log_perplexity"]["value"], direct["characters"]["value"]) == (1.0, 1.0, 4.0)
+    assert gain["kl"]["value"] == 3.5 and gain["proxy"]["value"] == 3.0
+    assert measured.items["refined"]["kl"] == {"0": 7.0, "1": 2.0}
+    assert "proxy" not in drift.measure(answers, gold, policy, base, "said").metrics["turns"][0]
+
+
+def test_what_has_no_score_is_counted():
+    answers, gold, policy, base = rows(*[[("a b", 1.0, -1.0, -1.0)] * 2 for _ in range(4)])
+    gold[0]["scores"][1] = None
+    policy[1]["answers"][0] = None
+    measured = drift.measure(answers, gold, policy, base, "said")
+    assert list(measured.dropped.values()) == [2] and measured.metrics["turns"][0]["gold"]["n"] == 2
+    for row in gold:
+        row["scores"][0] = None
+    with pytest.raises(ValueError, match="no prompt has all its answers"):
+        drift.measure(answers, gold, policy, base, "said")
+
+
+def test_it_shares_the_curves_answers_and_scores():
+    """Beside the refinement curve it costs what weighs its answers, and the training's own scores where they differ."""
+    resolver = sources.Resolver(None)
+
+    def kinds(*overrides):
+        config = load("debug=fast", *overrides)
+        return [step.stage for step in plan.build("member", config, resolver).steps]
+
+    curve, both = ({one.id: one for one in kinds(*which)} for which in ((), ("eval=drift",)))
+    added = [one.kind for key, one in both.items() if key not in curve]
+    phases = sum(one.kind == "evaluate" for one in curve.values())
+    # The base reads its own answers once; every other model's are read by two.
+    assert sorted(added) == ["evaluate"] * phases + ["perplexity"] * (2 * phases - 1)
+    [*_, last] = [one for one in kinds("eval=drift", "filter=reward_model") if one.kind == "evaluate"]
+    assert set(last.inputs) == {"answers", "gold", "proxy", "policy", "base"}
