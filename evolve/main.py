@@ -17,7 +17,10 @@ if __name__ == "__main__":
     snapshot.enter()
     os.environ |= snapshot.environment()  # whatever process starts from here imports what this one does
 
-import hydra  # noqa: E402
+try:
+    import hydra
+except ModuleNotFoundError:  # a Python that isn't the project's
+    sys.exit("error: this Python has no hydra; source .venv/bin/activate (`make setup` makes it)")
 from omegaconf import DictConfig  # noqa: E402
 
 from evolve import config, launch, workers  # noqa: E402
