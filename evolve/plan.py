@@ -498,6 +498,7 @@ class _Builder:
         """Policy gradient from `start` on one iteration's prompts, with the filter's scorer for the rewards."""
         config, loss = self.config, self.config.loss.rewards
         assert loss is not None
+        alone = {"devices": 1, "sharding": "none", "lora": loss.lora or config.trainer.lora}
         inputs = {"model": start, "prompts": self.prompts(turn)}
         if loss.kl > 0 and reference.id != start.id:
             inputs["reference"] = reference
@@ -506,12 +507,12 @@ class _Builder:
             self.with_scorer(config.filter.scorer, inputs, start),
             model=self.read,
             checkpoint_dtype=config.model.checkpoint_dtype,
-            loss=loss,
+            loss=loss.model_copy(update={"lora": None}),  # it stands with the optimiser
             answers=config.strategy.answers,
             sampling=config.sampling,
             scorer=self.scoring(config.filter.scorer),
             unfinished=config.filter.unfinished,
-            optimiser=config.trainer.optimiser,
+            optimiser=config.trainer.optimiser.model_copy(update=alone),
             learning_rate=config.model.learning_rate.pt,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=config.data.max_response_tokens,

@@ -209,8 +209,8 @@ REFUSED = {
         "loss.policy_gradient.kl: not a setting of this choice of loss; take one that has it"
     ],
     "loss=grpo sampling.temperature=0": ["sampling.temperature=0", "loss.pt=rewards compares them"],
-    "loss=grpo trainer=fsdp": ["trainer.devices=8", "trainer.devices=1 trainer.sharding=none"],
-    "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "trainer.lora", "kl=0"],
+    "loss=grpo trainer=lora iteration.reference=initial": ["iteration.reference=initial", "adapters", "kl=0"],
+    "method=grpo_lora iteration.reference=initial": ["iteration.reference=initial", "adapters", "kl=0"],
     "loss=grpo strategy.answers=1": ["strategy.answers=1", "group of rewards"],
     "loss=grpo loss.policy_gradient.loss_type=bnpo": ["loss_type=bnpo", "'grpo', 'dapo' or 'dr_grpo'"],
     "loss=grpo filter=rule": ["loss.pt=rewards: filter.name=rule gives no scores", "filter=verifier"],

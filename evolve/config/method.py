@@ -189,6 +189,25 @@ class PreferenceWeights(Section):
         return ("direct",) * term.relative + ("refine",) * (self.alpha > 0 or bool(term.refines))
 
 
+class Lora(Section):
+    """Low-rank adapters (PEFT), merged into the weights that a stage saves."""
+
+    rank: Positive
+    alpha: Positive
+    dropout: float
+    targets: str
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_none(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"trainer.lora.dropout={dropout:g}: which inputs are dropped would go by micro-batches, layout and "
+                "devices, and no result may; set it to 0"
+            )
+        return dropout
+
+
 class PolicyGradient(Section):
     """Policy gradient on scores of the policy's own answers, in the terms of TRL's GRPOTrainer."""
 
@@ -199,6 +218,7 @@ class PolicyGradient(Section):
     kl: Weight
     updates: Positive
     scale_rewards: Literal["group", "batch", "none"]
+    lora: Lora | None = None
 
 
 class Loss(Section):
@@ -307,25 +327,6 @@ class Iteration(Section):
 class Epochs(Section):
     sft: Positive
     pt: Positive
-
-
-class Lora(Section):
-    """Low-rank adapters (PEFT), merged into the weights that a stage saves."""
-
-    rank: Positive
-    alpha: Positive
-    dropout: float
-    targets: str
-
-    @field_validator("dropout")
-    @classmethod
-    def _is_none(cls, dropout: float) -> float:
-        if dropout:
-            raise ValueError(
-                f"trainer.lora.dropout={dropout:g}: which inputs are dropped would go by micro-batches, layout and "
-                "devices, and no result may; set it to 0"
-            )
-        return dropout
 
 
 class Optimiser(Section):

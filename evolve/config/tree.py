@@ -214,15 +214,11 @@ class Config(Section):
                 f"loss.pt=rewards: filter.name={self.filter.name} gives no scores, which are the rewards; "
                 "take filter=reward_model or filter=verifier"
             )
-        if self.loss.pt == "rewards" and self.trained_iterations and self.trainer.devices > 1:
-            refuse(
-                f"trainer.devices={self.trainer.devices}: loss.name={self.loss.name} trains on one device; "
-                "take trainer.devices=1 trainer.sharding=none"
-            )
         start, reference = self.iteration.start, self.iteration.reference
-        if self.loss.rewards and self.loss.rewards.kl and self.trainer.lora and start != reference:
+        rewards = self.loss.rewards
+        if rewards and rewards.kl and (rewards.lora or self.trainer.lora) and start != reference:
             refuse(
-                f"iteration.reference={reference}: of loss.pt=rewards with trainer.lora, the reference is the model "
+                f"iteration.reference={reference}: of loss.pt=rewards with adapters, the reference is the model "
                 f"without its adapters; set iteration.reference={start} or loss.policy_gradient.kl=0"
             )
         if self.loss.pt == "rewards" and self.trained_iterations and self.sampling.temperature == 0:
