@@ -28,15 +28,22 @@ class Judging:
     cap: float | None
 
     def __str__(self) -> str:
-        price = "" if self.dollars is None else f", {self.dollars:.2f} dollars"
-        cap = "" if self.cap is None else f" (never more than {self.cap:g}, with all that it has cost before)"
+        known = self.comparisons - self.open
+        parts = []
+        if known:
+            price = "" if self.dollars is None else f", {self.dollars:.2f} dollars"
+            parts.append(
+                f"up to {self.requests:,} verdicts for {known} new comparisons, about {self.tokens:,} tokens{price}"
+            )
+        if self.open:
+            parts.append(f"{self.open} new comparisons can't be priced until their questions are downloaded")
         if self.cap is not None and (self.dollars or 0.0) > self.cap:
-            cap = f" (more than max_dollars={self.cap:g}, where it stops: set what it may cost before it begins)"
-        unknown = f"; {self.open} more are unknown until their questions are downloaded" if self.open else ""
-        return (
-            f"{self.judge}: up to {self.requests:,} verdicts for {self.comparisons} new comparisons, "
-            f"about {self.tokens:,} tokens{price}{cap}{unknown}"
-        )
+            parts.append(
+                f"that is more than max_dollars={self.cap:g}, where it stops: set what it may cost before it begins"
+            )
+        elif self.cap is not None:
+            parts.append(f"it stops at max_dollars={self.cap:g}, with all that it has cost before")
+        return f"{self.judge}: {'; '.join(parts)}"
 
 
 def check_questions(stages: Iterable[Stage]) -> Questions:

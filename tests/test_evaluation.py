@@ -251,9 +251,9 @@ def test_the_plan_says_what_a_judge_will_cost(server: Fake, tmp_path: Path, caps
     run(tmp_path, [*annotator(server, max_dollars=1000), "dry_run=true"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("judge "))
     # Two models, two turns: 12 verdicts each of AlpacaEval, two games of 6 questions each of Arena-Hard.
-    assert "judge: up to 96 verdicts for 4 new comparisons" in line and "(never more than 1000" in line
+    assert "judge: up to 96 verdicts for 4 new comparisons" in line and "it stops at max_dollars=1000" in line
     run(tmp_path, [*annotator(server, max_dollars=0.0001), "dry_run=true"])
-    assert "(more than max_dollars=0.0001, where it stops" in capsys.readouterr().out
+    assert "that is more than max_dollars=0.0001, where it stops" in capsys.readouterr().out
     run(tmp_path, annotator(server))
     run(tmp_path, [*annotator(server), "dry_run=true"])
     assert "verdicts" not in capsys.readouterr().out.split("plan ")[-1].split("\n")[1]
