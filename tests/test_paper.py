@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import load, sweep_here
@@ -23,7 +25,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from evolve import launch, plan
-from evolve.config import CONF, ROOT, ConfigError
+from evolve.config import CONF, ROOT, ConfigError, Sampling
+from evolve.engines import Task, memory
 from evolve.store import seal, unseal
 from hydra_plugins.evolve_harness import MemberSweeper, compose
 from sweeps import best, collect, compare, figures, formats, paper, report, spent, style, summary
@@ -82,6 +85,28 @@ def documented(experiment: str, size: str) -> set[str]:
     return set(re.findall(r"\w+(?:-\w+)+", embedded if embedded and size == "embedded" else whole))
 
 
+def check_memory(planned: launch.Planned, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever generates holds a model of Llama-3.1-8B's size and its context on a GPU of 80 GB."""
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8192, **shape}))
+    header = json.dumps({"all": {"dtype": "BF16", "shape": [8_030_261_248], "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)  # weights are never read
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (79 * 2**30, 80 * 2**30))
+    for stage in planned.graph.stages.values():
+        config: Any = stage.config
+        if stage.kind == "respond":
+            engine, length, answer = config.engine, config.engine.max_length or config.max_length, config.max_new_tokens
+        elif stage.kind == "score" and config.judge is not None:
+            engine, length, answer = config.judge.engine, config.max_length, config.judge.max_new_tokens
+        else:
+            continue
+        memory.check(
+            engine, Task(folder, config.model, Sampling(temperature=0, top_k=0, top_p=1), answer, length, "cuda")
+        )
+        assert 2 * answer <= length
+
+
 @pytest.mark.parametrize("size", paper.SIZES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_each_plans_without_a_network_and_draws_what_is_documented(
@@ -101,9 +126,14 @@ def test_each_plans_without_a_network_and_draws_what_is_documented(
     assert {member.config.data.name for member in planned.graph.members} == (
         {"embedded"} if size == "embedded" else {"ultrafeedback"}
     )
+    if size == "paper":
+        check_memory(planned, tmp_path / "weights", monkeypatch)
     assert set() < documented(experiment, size) <= figures.drawings(run(planned, experiment)).keys()
     if experiment == "main":
-        assert [judging.judge for judging in planned.judging] == ["gpt-4-1106-preview"] * (size == "paper")
+        judging = [str(judge) for judge in planned.judging]
+        assert len(judging) == (size == "paper")
+        assert all(line.startswith("gpt-4-1106-preview: ") and "can't be priced until" in line for line in judging)
+        assert not any("0 verdicts" in line or "dollars," in line for line in judging)
         names = " ".join(member.name for member in planned.graph.members)
         assert ("method=self_rewarding_stand_in" in names) == (size == "embedded") and "method=self_rewarding" in names
 
@@ -121,6 +151,8 @@ def test_methods_are_what_they_are_called() -> None:
     rewarding = load("scale=paper", "method=self_rewarding")
     assert (rewarding.judge.mode, rewarding.filter.scorer, rewarding.loss.name) == ("graded", "judge", "none")
     assert load("method=self_refine").loss.sft is None and load("method=self_refine").trained_iterations == 0
+    assert load("scale=paper", "method=self_rewarding", "engine=hf").judge.engine.name == "hf"  # as what generates
+    assert load("scale=paper", "method=self_rewarding", "engine@judge.engine=hf").engine.name == "vllm"
     assert load("method=evolve") == load() and load("method=grpo").loss.pt == "rewards"
 
 
