@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 HELD_OUT = ("refinement", "test_time", "drift")  # that are asked of the data's held-out prompts
-BENCHMARKS = (*HELD_OUT, "alpaca_eval", "arena_hard")  # each a file here; imported when it is asked for
+JUDGED = ("alpaca_eval", "arena_hard")  # that a judge decides
+BENCHMARKS = (*HELD_OUT, *JUDGED)  # each a file here; imported when it is asked for
 
 
 def load(name: str) -> Any:

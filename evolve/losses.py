@@ -98,7 +98,7 @@ def preference(
     metrics: dict[str, Tensor] = {}
     h = {name: policy[name] - reference[name] for name in needed_of_reference(loss)}
 
-    def judge(name: str, chosen: Tensor, rejected: Tensor) -> None:
+    def note_rewards(name: str, chosen: Tensor, rejected: Tensor) -> None:
         metrics[f"chosen_reward_{name}"], metrics[f"rejected_reward_{name}"] = chosen, rejected
         metrics[f"margin_{name}"] = chosen - rejected
         metrics[f"accuracy_{name}"] = (chosen > rejected).to(chosen.dtype)
@@ -112,13 +112,13 @@ def preference(
         given = [getattr(loss, name) for name in term.settings]
         metrics["loss_direct"] = DIRECT_LOSSES[loss.direct](*seen, *given)
         total = total + (1 - loss.alpha) * metrics["loss_direct"]
-        judge("direct", loss.beta_direct * seen[0], loss.beta_direct * seen[1])
+        note_rewards("direct", loss.beta_direct * seen[0], loss.beta_direct * seen[1])
     if loss.beta_refine is not None and loss.refine_scale is not None:
         for context in ("rejected", "chosen") if loss.refine_contexts == "both" else ("rejected",):
             h_w, h_l = h[f"{context}_chosen"], h[f"{context}_rejected"]
             metrics[f"loss_refine_{context}"] = refine(h_w, h_l, loss.beta_refine, loss.refine_scale)
             total = total + loss.alpha * metrics[f"loss_refine_{context}"]
-            judge(f"refine_{context}", loss.beta_refine * h_w, loss.beta_refine * h_l)
+            note_rewards(f"refine_{context}", loss.beta_refine * h_w, loss.beta_refine * h_l)
     if loss.nll > 0:
         metrics["loss_nll"] = -policy["direct_chosen"] / tokens["chosen"]
         total = total + loss.nll * metrics["loss_nll"]

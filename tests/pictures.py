@@ -15,7 +15,7 @@ import chromium
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-FIGURES = ("iterations-accuracy", "turns-accuracy")
+FIGURES = ("iterations-accuracy",)
 SECTIONS = "Math.round(document.getElementById('s1-%s').getBoundingClientRect().top + scrollY)"
 
 

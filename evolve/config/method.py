@@ -89,7 +89,7 @@ class Data(Section):
     split: str
     eval_path: str | None
     eval_split: str | None
-    verifier: Literal["ledger", "math", "exact"] | None
+    verifier: Literal["ledger", "math", "number", "exact"] | None
     prompt: str = "prompt"
     gold: str | None = None
     seed: Seed
@@ -112,6 +112,11 @@ class Strategy(Section):
     depth: Positive | None = None
     chains: Positive = 1
     stop: Stop | None = None
+
+    @property
+    def refines(self) -> bool:
+        """Whether some of its answers are made from others, by the template."""
+        return self.name != "parallel"
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evals import HELD_OUT
+from evals import HELD_OUT, JUDGED
 from evolve.config.engines import Engine
 from evolve.config.evaluation import Endpoint, Eval, Judge, NoJudge, Questions, StandIn
 from evolve.config.method import (
@@ -86,7 +86,7 @@ class Config(Section):
         needs: list[str] = [self.filter.scorer] if self.trained_iterations else []
         needs += [self.eval_scorer] if set(HELD_OUT) & set(self.eval.benchmarks) else []
         needs += [self.eval.select] if "test_time" in self.eval.benchmarks else []
-        if isinstance(self.annotator, StandIn) and {"alpaca_eval", "arena_hard"} & set(self.eval.benchmarks):
+        if isinstance(self.annotator, StandIn) and set(JUDGED) & set(self.eval.benchmarks):
             needs += [self.annotating_scorer]
         needs += [self.eval.select for own in self.asked.values() if self.selects(own)]
         return "reward_model" in needs
@@ -200,7 +200,7 @@ class Config(Section):
                 f"eval.select=verifier: the questions of {name} have no reference that it could select by; "
                 "take eval.select=reward_model"
             )
-        if self.eval.temperature == 0 and strategy.answers > 1 and (strategy.name == "parallel" or strategy.chains > 1):
+        if self.eval.temperature == 0 and strategy.answers > 1 and (not strategy.refines or strategy.chains > 1):
             refuse(
                 f"eval.temperature=0: all answers that {picked} picks from would be the same; set one above 0, or take "
                 "strategy@eval.test_time=chain"
@@ -239,7 +239,7 @@ class Config(Section):
                 "take strategy.expand=every or a filter that scores"
             )
         pairs = self.loss.pt == "pairs" and self.iteration.count > 0
-        if not self.filter.compares and self.strategy.name == "parallel" and pairs:
+        if not self.filter.compares and not self.strategy.refines and pairs:
             refuse(
                 f"filter.name={self.filter.name}: prefers the last refinement, and strategy.name=parallel makes none; "
                 "take a filter that scores"
