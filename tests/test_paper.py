@@ -161,6 +161,18 @@ def test_tables_keep_their_shape_whatever_is_in_them(rows: list[tuple[str, str, 
         assert len(re.findall(r"(?<!\\)\|", line)) == 4
 
 
+def test_labels_are_what_latex_takes_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder's name, and where it is given as a dot."""
+    made = Table("a title", [["a", "b", "c"], ["x", "y", Cell("1")]])
+    for name, label in (("loss-1f", "loss-1f"), ("50% {of} #1 \\x", "50-of-1-x"), ("a_b.c", "a_b.c")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for folder in (Path(tmp_path, name), Path(".")):
+            formats.write(folder, [made, made])
+            found = re.findall(r"\\label\{(.*)\}", (tmp_path / name / "table.tex").read_text())
+            assert found == [f"tab:{label}-1", f"tab:{label}-2"]
+
+
 @pytest.mark.skipif(
     not shutil.which("pdflatex") or subprocess.run(["kpsewhich", "adjustbox.sty"], capture_output=True).returncode != 0,
     reason="no LaTeX with adjustbox here",
