@@ -15,7 +15,6 @@ from typing import Any
 from evals import statistics
 from evolve.config import ConfigError
 from evolve.show import console as make_console
-from evolve.stages import read_rows
 from evolve.store import flatten
 from sweeps import best, collect, differences, summary, tables
 from sweeps.collect import Measurement, MemberResult, Sweep
@@ -156,8 +155,8 @@ def prompts(pair: Pair) -> list[str]:
 def _texts(sweep: Sweep, measurement: Measurement) -> dict[str, tuple[str, str]]:
     """{prompt's id: (prompt, last answer)}; nothing of what is only weighed, or of answers that the store has lost."""
     answers = measurement.record["inputs"].get("answers")
-    rows = read_rows(sweep.store.folder(answers) / "answers.jsonl") if answers and sweep.record(answers) else []
-    return {row["id"]: (row["prompt"], row["answers"][-1]["text"]) for row in rows}
+    rows = sweep.rows(answers, "answers.jsonl") if answers else None
+    return {row["id"]: (row["prompt"], row["answers"][-1]["text"]) for row in rows or ()}
 
 
 def _said(key: str, texts: list[dict[str, tuple[str, str]]]) -> Iterator[tuple[str, str]]:

@@ -358,7 +358,8 @@ def write(sweep: Sweep) -> list[Drawn]:
     hashes = {file.name: hash_file(file) for of in written for file in files(sweep, of)}
     for name in before - hashes.keys():
         (sweep.folder / name).unlink(missing_ok=True)
-    replace_file(note, seal({"of": fingerprint, "files": hashes, "figures": [asdict(of) for of in written]}))
+    if not sweep.damaged:  # else they are drawn again once it has been made again
+        replace_file(note, seal({"of": fingerprint, "files": hashes, "figures": [asdict(of) for of in written]}))
     return written
 
 

@@ -415,6 +415,25 @@ def test_who_is_compared_with_nobody_is_said(
     assert lines and all(re.fullmatch(r"[+-]\d\.\d{3} mean reward, prompt \S+", line) for line in lines)
 
 
+def test_damaged_answers_are_not_shown(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(folder.parent.parent, tmp_path / "out") / "sweeps" / folder.name
+    for file in copied.parent.parent.glob("store/respond/*/answers.jsonl"):
+        file.write_bytes(file.read_bytes()[::-1])
+    monkeypatch.setattr(sys, "argv", ["compare", f"{folder}:method=evolve", f"{copied}:method=self_refine"])
+    before = compare.choose(f"{folder}:method=evolve")[0]
+    base, *_ = before.member.measurements
+    after = replace(before.member.measurements[-1], phase="base")
+    there = compare.choose(f"{copied}:method=self_refine")[0]
+    pair = (replace(before, member=replace(before.member, measurements=[after])), there)
+    lines = compare.prompts(pair)
+    assert lines and all(line.count("\n") == 2 for line in lines)  # the prompt, and A alone
+    said = capsys.readouterr().err
+    assert f"{base.record['inputs']['answers']}: answers.jsonl is not what was written" in said
+    assert said.count("\n") == 1
+
+
 def test_prompts_of_one_side_alone_are_counted(sweep: collect.Sweep) -> None:
     member = sweep.members[0]
     [made] = member.of("refinement")
