@@ -149,6 +149,52 @@ def test_runs_that_share_a_measurement_are_one():
     assert by_phase.rows[1][2:] == ["0.500 (1 run)", "0.500 ±0.000", "0.500 ±0.000"]
 
 
+def test_runs_that_share_a_seed_are_not_independent(tmp_path):
+    """Nine runs of three seeds and three draws of data are one: no interval, no test, and a line that says why."""
+
+    def crossed(loss: str, seeds, data) -> list[MemberResult]:
+        same_model = {"model__path": "weights", "eval__seed": 0}
+        return [
+            member(loss, seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.6 + seed / 10 + of / 100)], data__seed=of, **same_model)
+            for seed in seeds
+            for of in data
+        ]
+
+    grid = Sweep(tmp_path, Store(tmp_path), crossed("both", range(3), range(3)) + crossed("none", range(3), range(3)))
+    [by_phase] = seeds.shown(grid)
+    assert len(seeds.groups(grid)["loss=both"]) == 9 and asked(grid, every_phase=True) == {}
+    row = by_phase.rows[2]
+    assert row[:2] == ["loss=both", "refined"] and [cell.estimate["n"] for cell in row[2:]] == [1] * 3
+    assert row[-1] == "0.710" and len(row[-1].records) == 9
+    assert by_phase.title == (
+        "mean reward, mean over the runs of each setting (seeds); seed and data.seed are crossed, so no two runs are "
+        "independent, and there is no interval or test over runs; 'data.seed=${seed}' sweeps them together"
+    )
+    # With one draw of data for all, or a draw for each, every run is one.
+    for runs in (crossed("both", range(3), [0]), [*crossed("both", [0], [4]), *crossed("both", [1], [5])]):
+        found = asked(sweep(*runs))["self-refinement", "loss=both"].difference
+        assert found.n == len(runs) and seeds.crossed(sweep(*runs)) == ""
+    # Two that share their data are one beside a third; each differs from the other setting's runs of the same seeds.
+    some = [(0, 0), (1, 0), (2, 1)]
+    both, none = ([one for pair in some for one in crossed(loss, pair[:1], pair[1:])] for loss in ("both", "none"))
+    both = [changed(one, gain={"reward": estimate(0.3 if "seed=2" in one.name else 0.1)}) for one in both]
+    made = sweep(*both, *none)
+    [by_phase, _] = seeds.shown(made)
+    assert by_phase.rows[3][-1].startswith("0.200 ±") and by_phase.rows[3][-1].estimate["n"] == 2
+    assert by_phase.title.startswith("mean reward, mean over 2 runs")
+    assert asked(made)["self-refinement", "loss=both"].difference.n == 2
+
+
+def test_the_same_stages_are_not_tested_against_each_other():
+    """A setting that shares all its stages with the first adds no test, which would weaken the others' correction."""
+    runs = [member("both", seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.7 + seed / 100)]) for seed in range(3)]
+    same = [replace(member("same", seed, []), measurements=one.measurements) for seed, one in enumerate(runs)]
+    other = [member("none", seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.6 + seed / 90)]) for seed in range(3)]
+    found = {key: row.difference for key, row in asked(sweep(*runs, *same, *other)).items() if key[0].startswith("aga")}
+    assert list(found) == [("against loss=both", "loss=none")]
+    assert found["against loss=both", "loss=none"].p_corrected == found["against loss=both", "loss=none"].p
+
+
 def test_answers_drawn_again_are_averaged_within_their_run():
     values = [[(0.5, 0.5), (0.5, 0.6), (0.5, 0.7 + seed / 10 + again / 100)] for seed in range(3) for again in range(3)]
     members = [
