@@ -16,7 +16,7 @@ Four questions, each corrected by itself over the settings (Holm), after the las
     against            refined answers - those of the sweep's first setting
 
 seeds.csv has two more: self-refinement after every phase, and refined answers after each - those after the one before,
-and after the last - those after each.
+and after the last - those after each. means.csv has every mean, after every phase.
 """
 
 from __future__ import annotations
@@ -344,16 +344,30 @@ def _tested(question: str, pairs: Mapping[str, tuple[Side, Side]]) -> Iterator[R
 
 
 def write(sweep: Sweep) -> list[Path]:
-    """seeds.csv: every difference. Returns the file, or none where no setting was run more than once."""
+    """means.csv: every mean; seeds.csv: every difference. Returns those that have a line.
+
+    None has one where no setting was run more than once. Each line has the records of its number; n: independent runs.
+    """
     several = groups(sweep)
-    lines = [
-        [benchmark, judge, metric, of.question, of.setting]
-        + [getattr(of.difference, number) for number in differences.NUMBERS]
-        for benchmark, judge, metric, _ in (_metrics(sweep) if several else ())
-        for of in rows(sweep, several, benchmark, judge, metric, every_phase=True)
-    ]
-    if not lines:
-        return []
-    path = sweep.folder / "seeds.csv"
-    write_csv(path, ["benchmark", "judge", "metric", "question", "setting", *differences.NUMBERS], lines)
-    return [path]
+    means, lines = [], []
+    for benchmark, judge, metric, _ in _metrics(sweep) if several else ():
+        about = [benchmark, judge, metric]
+        for name, runs in several.items():
+            for phase, found in measured(runs, benchmark, judge).items():
+                for kind in _kinds(found):
+                    worth = _of(found, kind, metric)
+                    if mean := _mean(worth):
+                        numbers = [mean[0][key] for key in ("value", "low", "high", "n")]
+                        means.append([*about, name, phase, kind, *numbers, len(worth), " ".join(mean[1])])
+        for of in rows(sweep, several, benchmark, judge, metric, every_phase=True):
+            numbers = [getattr(of.difference, number) for number in differences.NUMBERS]
+            lines.append([*about, of.question, of.setting, *numbers, " ".join(of.after), " ".join(of.before)])
+    head, records = ["benchmark", "judge", "metric"], ["records after", "records before"]
+    files = {
+        "means.csv": ([*head, "setting", "phase", "answers", "value", "low", "high", "n", "runs", "records"], means),
+        "seeds.csv": ([*head, "question", "setting", *differences.NUMBERS, *records], lines),
+    }
+    written = {sweep.folder / name: table for name, table in files.items() if table[1]}
+    for path, (header, body) in written.items():
+        write_csv(path, header, body)
+    return list(written)

@@ -1,5 +1,6 @@
 """Settings that are run several times: what counts as a run, and differences over runs."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def test_runs_that_share_a_seed_are_not_independent(tmp_path):
         "mean reward, mean over the runs of each setting (seeds); seed and data.seed are crossed, so no two runs are "
         "independent, and there is no interval or test over runs; 'data.seed=${seed}' sweeps them together"
     )
+    assert [path.name for path in seeds.write(grid)] == ["means.csv"]
     # With one draw of data for all, or a draw for each, every run is one.
     for runs in (crossed("both", range(3), [0]), [*crossed("both", [0], [4]), *crossed("both", [1], [5])]):
         found = asked(sweep(*runs))["self-refinement", "loss=both"].difference
@@ -193,6 +195,24 @@ def test_the_same_stages_are_not_tested_against_each_other():
     found = {key: row.difference for key, row in asked(sweep(*runs, *same, *other)).items() if key[0].startswith("aga")}
     assert list(found) == [("against loss=both", "loss=none")]
     assert found["against loss=both", "loss=none"].p_corrected == found["against loss=both", "loss=none"].p
+
+
+def test_every_number_over_runs_leads_back_to_its_records(tmp_path):
+    members = [member("both", seed, [(0.5, 0.5), (0.5, 0.6), (0.4, 0.7 + seed / 10)]) for seed in range(3)]
+    made = Sweep(tmp_path, Store(tmp_path / "store"), members)
+    means, tests = ([*csv.DictReader(path.open())] for path in seeds.write(made))
+    assert {(line["phase"], line["answers"]) for line in means} == {
+        (phase, kind) for phase in PHASES for kind in ("direct", "refined", "gain")
+    }
+    records = {phase: [one.id for of in members for one in of.measurements if one.phase == phase] for phase in PHASES}
+    for line in means:
+        assert line["records"] == " ".join(records[line["phase"]]) and (line["n"], line["runs"]) == ("3", "3")
+    [last] = [line for line in means if (line["phase"], line["answers"]) == (PHASES[-1], "refined")]
+    assert float(last["value"]) == pytest.approx(0.8) and float(last["low"]) < 0.8 < float(last["high"])
+    sides = {line["question"]: (line["records after"], line["records before"]) for line in tests}
+    last, before, base = (" ".join(records[phase]) for phase in reversed(PHASES))
+    assert sides["self-refinement"] == (last, last) and sides["iterations"] == (last, before)
+    assert sides["self-improvement"] == (last, base) and sides["offline after base"] == (before, base)
 
 
 def test_answers_drawn_again_are_averaged_within_their_run():
