@@ -98,6 +98,7 @@ def table(found: list[Pair]) -> Table:
                         asked[key] = f"{len(common)}" if common == every else f"{len(common)} of {len(every)}"
                     if common:
                         rows.append((key, pair, one, other))
+                    if common and (one.id, left) != (other.id, right):  # else they are one, and nothing is to be tested
                         sides[key] = ({k: [right[k]] for k in common}, {k: [left[k]] for k in common})
     if not rows and asked:
         raise ConfigError("both have been measured, but on other prompts, none of them the same: see data.* of both")
@@ -107,8 +108,10 @@ def table(found: list[Pair]) -> Table:
     cells = []
     for key, pair, one, other in rows:
         kind, metric = key[2:]
-        difference, p, _ = differences.cells(tested[key], (other.id, one.id))
-        difference.best = tested[key].p_corrected < best.ALPHA
+        difference, p = "same stage", "-"
+        if key in tested:
+            difference, p, _ = differences.cells(tested[key], (other.id, one.id))
+            difference.best = tested[key].p_corrected < best.ALPHA
         who = (
             pair[1].member.name
             if pair[0].member.name == pair[1].member.name

@@ -387,11 +387,25 @@ def test_comparing_two_members(
     monkeypatch.setattr(sys, "argv", ["compare", *sides])
     assert compare.main() == 0  # the base is the same record in both: nothing differs
     shown = capsys.readouterr().out
-    assert "loss.alpha: 0.0 -> 0.8" in shown and "0.000 ±0.000" in shown
+    assert "loss.alpha: 0.0 -> 0.8" in shown and "same stage" in shown and "±0.000 " not in shown
     [same] = compare.pairs(compare.choose(str(folder)), compare.choose(str(folder)))[:1]
     assert compare.settings(same) == {}
     monkeypatch.setattr(sys, "argv", ["compare", f"{folder}:x", str(folder)])
     assert compare.main() == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stage_is_not_tested_against_itself(sweep: collect.Sweep) -> None:
+    """It is shown as what it is, and what else is tested is not corrected for it."""
+    refine, evolve = sweep.members
+    base, last = evolve.of("refinement")[0], evolve.of("refinement")[-1]
+    other = replace(evolve, measurements=[replace(last, phase="base")])
+    real = (compare.Side(sweep, replace(evolve, measurements=[base])), compare.Side(sweep, other))
+    itself = (compare.Side(sweep, refine), compare.Side(sweep, evolve))  # both after the base, which they share
+    alone, both = compare.table([real]), compare.table([real, itself])
+    assert [row[-3:] for row in both.rows[1 : len(alone.rows)]] == [row[-3:] for row in alone.rows[1:]]
+    assert {tuple(row[-3:]) for row in both.rows[len(alone.rows) :]} == {("same stage", "-", "32")}
+    assert "corrected over 6 of them" in alone.title and "corrected over 6 of them" in both.title
+    assert "corrected over 0 of them" in compare.table([itself]).title
 
 
 def test_who_is_compared_with_nobody_is_said(
