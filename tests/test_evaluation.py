@@ -115,6 +115,20 @@ def test_templates_and_seeds_are_pooled_by_prompt(tmp_path: Path) -> None:
     assert reward.rows[1][3].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 5
 
 
+def test_models_that_were_trained_by_other_templates_are_not_pooled(sweep: collect.Sweep) -> None:
+    """Their templates are part of what they are; those of one base model, which was asked in several ways, are not."""
+    one = sweep.members[0]
+    other = replace(one, config={**one.config, "template": {**one.config["template"], "name": "another"}})
+    again = replace(one, config={**one.config, "eval": {**one.config["eval"], "seed": 1}})
+    untrained = [
+        replace(member, steps=[step for step in member.steps if step["kind"] != "activate"])
+        for member in (one, other, again)
+    ]
+    trained = replace(sweep, members=[one, other, again])
+    assert [len(group) for group in pooled.groups(trained)] == [2, 1]
+    assert [len(group) for group in pooled.groups(replace(sweep, members=untrained))] == [3]
+
+
 def test_a_missing_end_is_not_taken_for_another(sweep: collect.Sweep) -> None:
     """Without the base nothing has improved on it; without a last phase nothing is said of what stands there."""
     first, judge = sweep.members[0], sweep.judges("alpaca_eval")[0]
