@@ -135,4 +135,4 @@ def _about(known: list[Column], rows: list[list[str]]) -> str:
     if not known:
         return f"{said}; the paper's numbers for these are {UNKNOWN}"
     sources = "; ".join(f"{row['tag']} {row['what']}: {row['source']}" for row in PUBLISHED)
-    return f"{said}; published: {sources}"
+    return f"{said}; published, of Llama-3.1-8B also beside the embedded model: {sources}"

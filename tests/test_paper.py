@@ -244,6 +244,16 @@ def test_published_numbers_stand_beside_their_method_alone(sweep: collect.Sweep)
     assert summary.published(evolve, "direct", score) == "not published here"
     assert summary.published(refine, "refined", score) == "not published here"
     assert summary.published(evolve, "refined", ("gsm8k", "", "accuracy")) == "not published here"
+    for part, key, value, known in (
+        ("model", "name", "llama31_8b", True),
+        ("model", "name", "smollm2_135m", False),
+        ("filter", "select", "best_random", False),
+        ("filter", "select", "all", False),
+        ("template", "name", "revise", False),
+        ("strategy", "name", "tree", False),
+    ):
+        changed = replace(evolve, config={**evolve.config, part: {**evolve.config[part], key: value}})
+        assert (summary.published(changed, "refined", score) == "50.3 [paper]") == known
 
 
 def test_every_number_leads_to_its_records(sweep: collect.Sweep, folder: Path) -> None:
