@@ -7,6 +7,7 @@ again. Where it can't be (another user's store), it counts as missing all the sa
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -121,10 +122,16 @@ class Sweep:
             return None
 
     def items(self, measurement: Measurement) -> dict[str, dict[str, dict[str, float]]]:
-        """{kind of answer: {metric: {prompt's id: value}}}."""
+        """{kind of answer: {metric: {prompt's id: value}}}, without those that are no finite numbers, which is said."""
         if measurement.id not in self._items:
             path = self.store.folder(measurement.id) / "items.json"
-            self._items[measurement.id] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            for kind, metrics in found.items():
+                for metric, values in metrics.items():
+                    for prompt in [prompt for prompt, value in values.items() if not math.isfinite(value)]:
+                        said = f"prompt {prompt}: {metric}, {kind}, is {values.pop(prompt)}"
+                        print(f"{measurement.id}: {said}; left out of its tests", file=sys.stderr)
+            self._items[measurement.id] = found
         return self._items[measurement.id]
 
     @property
