@@ -11,6 +11,9 @@ from sacrebleu import sentence_bleu
 from evals import drift
 from evolve import plan, sources
 from evolve.stages import Context, ModelSettings, module, read_rows
+from evolve.store import Store
+from sweeps import differences, tables
+from sweeps.collect import Measurement, MemberResult, Sweep
 
 READ = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
 
@@ -153,6 +156,28 @@ def test_numbers_by_hand():
     assert gain["kl"]["value"] == 3.5 and gain["proxy"]["value"] == 3.0
     assert measured.items["refined"]["kl"] == {"0": 7.0, "1": 2.0}
     assert "proxy" not in drift.measure(answers, gold, policy, base, "said").metrics["turns"][0]
+
+
+def test_likeness_has_no_interval_over_prompts_and_no_test(tmp_path):
+    """A text stands among the references of others, so their values are not independent."""
+    said = ["a b c d e", "a b c d f", "g h i j k", "a b c d e"]
+    measured = drift.measure(
+        *rows(*[[(text, 1.0, -n, -2.0), (said[-1], 0.5, -1.0, -n)] for n, text in enumerate(said)]), "said"
+    )
+    for worth in drift.headline(measured.metrics).values():
+        assert worth["self_bleu"]["low"] is worth["self_bleu"]["high"] is None and worth["self_bleu"]["n"] == 4
+        assert worth["kl"]["low"] < worth["kl"]["high"]
+    direct, refined, gain = (worth["self_bleu"]["value"] for worth in drift.headline(measured.metrics).values())
+    assert refined == pytest.approx(100) and gain == pytest.approx(refined - direct) and gain > 0
+    steps = [{"phase": "base", "kind": "evaluate", "id": "evaluate/1", "benchmark": "drift"}]
+    made = Measurement("base", "evaluate/1", measured.metrics, {"dropped": {}})
+    sweep = Sweep(
+        tmp_path, Store(tmp_path), [MemberResult("", {}, steps, [made], [], {})], {made.id: dict(measured.items)}
+    )
+    [tested] = differences.shown(sweep)
+    assert {row[2] for row in tested.rows[1:]} == {"gold", "characters", "distinct_2", "log_perplexity", "kl"}
+    [whole] = tables.shown(sweep)
+    assert whole.title.endswith(f"with no value by prompt: {drift.METRICS['self_bleu']}")
 
 
 def test_what_has_no_score_is_counted():
