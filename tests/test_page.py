@@ -180,6 +180,14 @@ def test_a_figures_points_are_links_that_say_their_number(sweep: Path, made: Pat
                 assert [p for p in points if p["href"] == f"#{page.anchor(one.id)}" and p["aria-label"].endswith(said)]
 
 
+def test_a_figure_says_what_its_bars_are(sweep: Path, made: Path) -> None:
+    html, folder = made.read_text(), collect.load(sweep).folder
+    for one in figures.write(collect.load(sweep)):
+        said = "" if one.name == "training" else "bars: 95 % intervals over prompts, one training run"
+        assert one.note == said and f'<span class="note">{said}</span>' in html
+        assert said in " ".join(re.findall(r">([^<>]+)</text>", (folder / f"{one.name}.svg").read_text()))
+
+
 def test_answers_used_are_drawn_and_tabled_with_their_records(sweep: Path, made: Path) -> None:
     document = Document(made)
     assert any(text.startswith("By answers used: mean reward") for text in document.texts["strong"])

@@ -172,6 +172,7 @@ def test_runs_that_share_a_seed_are_not_independent(tmp_path):
         "independent, and there is no interval or test over runs; 'data.seed=${seed}' sweeps them together"
     )
     assert [path.name for path in seeds.write(grid)] == ["means.csv"]
+    assert {one.note for one in figures.write(grid)} == {seeds.crossed(grid)}
     # With one draw of data for all, or a draw for each, every run is one.
     for runs in (crossed("both", range(3), [0]), [*crossed("both", [0], [4]), *crossed("both", [1], [5])]):
         found = asked(sweep(*runs))["self-refinement", "loss=both"].difference
@@ -280,6 +281,7 @@ def test_figures_draw_settings_over_their_runs(tmp_path, experiment):
     )  # under other names now
     by_phase, by_turn = ("iterations", "figure1") if experiment == "figure1" else (experiment or "iterations", "turns")
     assert drawn.keys() == {f"{by_phase}-reward", f"{by_turn}-reward", "compute-reward"}
+    assert {one.note for one in drawn.values()} == {"bars: 95 % intervals over 3 runs"}
     lines = {mark.series for mark in drawn[f"{by_phase}-reward"].marks}
     assert lines == {f"loss={loss}, {kind}" for loss in ("both", "none") for kind in ("direct", "refined")}
     for name, at in (
