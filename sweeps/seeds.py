@@ -95,15 +95,26 @@ def _independent(runs: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
     return [together for _, together in found]
 
 
+def most_runs(sweep: Sweep) -> int:
+    """Of independent runs, of the setting that has the most."""
+    return max(len(_independent({run: (run,) for run in runs})) for runs in groups(sweep).values())
+
+
 def crossed(sweep: Sweep) -> str:
     """What to know where no two runs of a setting are independent; empty where some are."""
-    several = [runs for runs in groups(sweep).values() if len(runs) > 1]
-    if not several or any(len(_independent({run: (run,) for run in runs})) > 1 for runs in several):
+    if not groups(sweep) or most_runs(sweep) > 1:
         return ""
     return (
         f"{' and '.join(draw[0] for draw in _varying(sweep))} are crossed, so no two runs are independent, and there "
         "is no interval or test over runs; 'data.seed=${seed}' sweeps them together"
     )
+
+
+def means_of(sweep: Sweep, number: int) -> str:
+    """What a title says of means over so many runs."""
+    if said := crossed(sweep):
+        return f"mean over the runs of each setting (seeds); {said}"
+    return f"mean over {number} runs of each setting (seeds), ±: 95 % interval over runs"
 
 
 def _values(member: MemberResult, fields: Sequence[str]) -> str:
@@ -200,11 +211,9 @@ def shown(sweep: Sweep, benchmarks: Sequence[str] | None = None) -> list[Table]:
         if not means:
             continue
         number = max(of[0]["n"] for *_, row in means for of in row if not isinstance(of, str))
-        body = [[name, kind, *(_cell(of, number) for of in row)] for name, kind, row in means]
-        about = f"{title}, mean over {number} runs of each setting (seeds), ±: 95 % interval over runs"
-        if said := crossed(sweep):
-            about = f"{title}, mean over the runs of each setting (seeds); {said}"
-        elif any("run" in cell for _, _, *cells in body for cell in cells):
+        body = [[name, kind, *(cell(of, number) for of in row)] for name, kind, row in means]
+        about = f"{title}, {means_of(sweep, number)}"
+        if not crossed(sweep) and any("run" in cell for _, _, *cells in body for cell in cells):
             about += "; fewer runs where a number says so: runs that share a seed or a measurement are one"
         found.append(Table(about, [["setting", "answers", *sweep.phases], *body]))
         if tested := rows(sweep, several, benchmark, judge, metric):
@@ -225,7 +234,8 @@ def _metrics(sweep: Sweep, benchmarks: Sequence[str] | None = None) -> Iterator[
                 yield benchmark, judge, metric, title if benchmark == "refinement" else f"{benchmark}, {title}"
 
 
-def _cell(of: Mean | str, number: int) -> str:
+def cell(of: Mean | str, number: int) -> str:
+    """A mean, which says so where it is over fewer runs than the table's `number`."""
     if isinstance(of, str):
         return of
     estimate, records = of
@@ -234,16 +244,26 @@ def _cell(of: Mean | str, number: int) -> str:
 
 
 def last(sweep: Sweep, judge: str, metric: str) -> Last:
-    """Of each setting after its last phase; empty where none was run more than once."""
+    """Of each setting after its last phase; of each member where none was run more than once."""
     found: Last = {}
     for name, runs in groups(sweep).items():
-        here = _last(runs, "refinement", judge)
+        here = at_end(runs, "refinement", judge)
         means = {kind: over_runs(here, kind, metric) for kind in _kinds(here)}
         found[name] = {kind: mean for kind, mean in means.items() if mean}
+    for member in () if found else sweep.members:
+        if one := member.last("refinement"):
+            found[member.name] = {kind: of for kind in one.headline if (of := worth(one, kind, metric))}
     return found
 
 
-def _last(runs: Runs, benchmark: str, judge: str) -> Measured:
+def worth(one: Measurement, kind: str, metric: str) -> Mean | None:
+    """Of one measurement, in the form of a mean over runs."""
+    estimate = one.headline.get(kind, {}).get(metric)
+    return (estimate, [one.id]) if estimate else None
+
+
+def at_end(runs: Runs, benchmark: str, judge: str) -> Measured:
+    """What those of the runs have that have reached the last phase."""
     return measured(runs, benchmark, judge).get(phases(runs, benchmark)[-1], {}) if phases(runs, benchmark) else {}
 
 
@@ -258,13 +278,13 @@ def points(sweep: Sweep, runs: Runs, benchmark: str, judge: str, shift: float, k
 
 def turns(runs: Runs, judge: str, metric: str, shift: float) -> list[Point]:
     """Of a setting, at each turn of its chains after the last phase."""
-    last, found = _last(runs, "refinement", judge), []
-    for turn in range(max((len(one.metrics["turns"]) for of in last.values() for one in of), default=0)):
-        worth = {
+    measured, found = at_end(runs, "refinement", judge), []
+    for turn in range(max((len(one.metrics["turns"]) for of in measured.values() for one in of), default=0)):
+        values = {
             run: [(one.id, of["value"]) for one in several if (of := one.metrics["turns"][turn][metric])]
-            for run, several in last.items()
+            for run, several in measured.items()
         }
-        if mean := _mean({run: sorted(set(of)) for run, of in worth.items() if of}):
+        if mean := _mean({run: sorted(set(of)) for run, of in values.items() if of}):
             found.append(Point(turn + 1 + shift, f"turn {turn + 1}", *mean))
     return found
 

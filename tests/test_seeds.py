@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from evolve.store import Store
-from sweeps import figures, seeds
+from sweeps import figures, results, seeds, summary
 from sweeps.collect import Measurement, MemberResult, Sweep
 
 PHASES = ("base", "offline", "iteration 1")
@@ -214,6 +214,42 @@ def test_every_number_over_runs_leads_back_to_its_records(tmp_path):
     last, before, base = (" ".join(records[phase]) for phase in reversed(PHASES))
     assert sides["self-refinement"] == (last, last) and sides["iterations"] == (last, before)
     assert sides["self-improvement"] == (last, base) and sides["offline after base"] == (before, base)
+
+
+def judged(one: MemberResult, *won: float) -> MemberResult:
+    """With AlpacaEval's win rates (direct, refined) after the last phase beside the refinement curve."""
+    turns = [{"win_rate": estimate(value)} for value in won]
+    metrics = {"benchmark": "alpaca_eval", "turns": turns, "gain": {"win_rate": estimate(won[1] - won[0])}}
+    made = Measurement(PHASES[-1], f"evaluate/{one.name}-judged", metrics, {"dropped": {}})
+    step = {"phase": PHASES[-1], "kind": "evaluate", "id": made.id, "benchmark": "alpaca_eval"}
+    return replace(one, steps=[*one.steps, step], measurements=[*one.measurements, made])
+
+
+def test_all_benchmarks_stand_over_runs_on_the_screen_and_in_the_summary():
+    """A row for each setting, not for each run."""
+    values = [(0.5, 0.5), (0.5, 0.6), (0.5, 0.7)]
+    both = [judged(member("both", seed, values), 50.0, 60.0 + 10 * seed) for seed in range(3)]
+    none = [judged(member("none", seed, values), 50.0, 40.0 + seed) for seed in range(2)]
+    missing = replace(member("none", 2, values[:2]), missing=[(PHASES[-1], "alpaca_eval"), (PHASES[-1], "refinement")])
+    made = sweep(*both, *none, missing)
+    [whole] = summary.shown(made)
+    won = "alpaca_eval win rate (%)"
+    assert whole.rows[0] == ["answers", "loss", "after", "mean reward", won, f"published {won}"]
+    rows = {tuple(row[:2]): row for row in whole.rows[1:]}
+    assert list(rows) == [(part, loss) for part in summary.PARTS.values() for loss in ("both", "none")]
+    *_, mean, published = rows["refined answers", "both"]
+    assert mean.startswith("70.000 ±") and mean.estimate["n"] == len(mean.records) == 3
+    assert published == "not published here"
+    assert rows["refined answers", "none"][4].startswith("40.500 ±")
+    assert rows["refined answers", "none"][4].endswith("(2 runs)")
+    assert "mean over 3 runs of each setting (seeds), ±: 95 % interval over runs" in whole.title
+    shown = results.first(made)
+    assert [made.title.split(",")[0] for made in shown] == [
+        "mean reward",
+        "differences of mean reward after the last phase",
+        "all benchmarks after the last phase",
+    ]
+    assert won in shown[-1].rows[0] and len(shown[-1].rows) == 1 + 6
 
 
 def test_answers_drawn_again_are_averaged_within_their_run():
