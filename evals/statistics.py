@@ -45,10 +45,24 @@ class Difference:
     detectable: float | None
 
 
+class NotFinite(ValueError):
+    """A value that is nan or infinite, and so has no mean; the message says of which prompt."""
+
+
+def _finite(clusters: Mapping[str, Sequence[float]]) -> None:
+    for prompt, values in clusters.items():
+        if not all(map(math.isfinite, values)):
+            raise NotFinite(f"{prompt}: {', '.join(map(str, values))} is no finite number, so there is no mean of it")
+
+
 def mean(clusters: Mapping[str, Sequence[float]]) -> Estimate:
-    """The mean over prompts of each prompt's mean value. Raises ValueError if there is no value at all."""
+    """The mean over prompts of each prompt's mean value.
+
+    Raises ValueError if there is no value at all, NotFinite if one is nan or infinite.
+    """
     from scipy import stats
 
+    _finite(clusters)
     means = [fmean(values) for values in clusters.values() if values]
     if not means:
         raise ValueError("no value to take a mean of")
@@ -63,9 +77,13 @@ def mean(clusters: Mapping[str, Sequence[float]]) -> Estimate:
 
 
 def share(clusters: Mapping[str, Sequence[float]]) -> Estimate:
-    """The share of prompts that are right, each 0 or 1, with Wilson's interval: it has a width at 0 and 1 too."""
+    """The share of prompts that are right, each 0 or 1, with Wilson's interval: it has a width at 0 and 1 too.
+
+    Raises as `mean` does.
+    """
     from scipy import stats
 
+    _finite(clusters)
     right = [int(value) for values in clusters.values() for value in values]
     if not right:
         raise ValueError("no value to take a mean of")
@@ -128,6 +146,7 @@ def differences(
 
     Raises:
         ValueError: after and before are not over the same prompts.
+        NotFinite: a value is nan or infinite.
     """
     tested = {name: _test(str(name), *pair) for name, pair in pairs.items()}
     corrected = holm([p for _, p, _ in tested.values()])

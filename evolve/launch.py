@@ -149,18 +149,17 @@ def sweep(configs: Sequence[Config], overrides: Sequence[Sequence[str]], inline:
                 outcomes = run(planned.new, planned.store, pool, show, retries=planned.config.resources.retries)
         finally:
             pool.close()
-    if not inline:
-        report(planned)
-    failed = {stage_id: outcome for stage_id, outcome in outcomes.items() if outcome.status == "failed"}
-    if not failed and not inline:
-        check_measured(planned)
-    if failed:
+    said = ""
+    if failed := [stage_id for stage_id, outcome in outcomes.items() if outcome.status == "failed"]:
         blocked = sum(outcome.status == "blocked" for outcome in outcomes.values())
-        raise Failed(
+        said = (
             f"{len(failed)} stage(s) failed ({', '.join(failed)}), so {blocked} that need them did not run; "
-            f"everything else is done. Logs: {planned.folder / 'logs'}; the same command tries again",
-            planned,
+            f"everything else is done. Logs: {planned.folder / 'logs'}; the same command tries again"
         )
+    if not inline:
+        conclude(planned, said)
+    elif said:
+        raise Failed(said, planned)
     return planned
 
 
@@ -188,11 +187,8 @@ def submit(configs: Sequence[Config], overrides: Sequence[Sequence[str]], wait: 
         except KeyboardInterrupt:
             raise KeyboardInterrupt("no longer watched; the jobs go on") from None
         if lost := len(view.states) - view.count["done"]:
-            report(planned)
-            message = f"{lost} stages were not made; the lines above say why, and the same command tries again"
-            raise Failed(message, planned)
-    report(planned)
-    check_measured(planned)
+            conclude(planned, f"{lost} stages were not made; the lines above say why, and the same command tries again")
+    conclude(planned)
     return planned
 
 
@@ -351,6 +347,20 @@ def report(planned: Planned) -> None:
             output = [f"not all logged in half an hour; {shlex.join(['python', *command[1:]])} goes on"]
         if output:
             print(f"W&B     {output[-1]}")
+
+
+def conclude(planned: Planned, failed: str = "") -> None:
+    """Reports. Raises Failed where stages failed, `failed` saying which, even if the report breaks."""
+    try:
+        report(planned)
+    except Exception as error:
+        if not failed:
+            raise
+        command = shlex.join(["python", "-m", "sweeps.report", str(planned.folder)])
+        print(f"no report: {type(error).__name__}: {error}; {command} tries again", file=sys.stderr)
+    if failed:
+        raise Failed(failed, planned)
+    check_measured(planned)
 
 
 def check_measured(planned: Planned) -> None:

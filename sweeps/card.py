@@ -263,11 +263,11 @@ def _evaluation(one: Evaluation) -> str:
         interval = "-" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
         lines.append(f"| {kind} | {title} | {found['value']:.3f} | {interval} | {found['n']} |")
     explain = evals.load(one.metrics["benchmark"]).EXPLAIN
-    explained = "; ".join(f"{kind} is {what}" for kind, what in explain.items() if kind in kinds)
+    explained = [f"{kind} is {what}" for kind, what in explain.items() if kind in kinds]
+    about = "; ".join(["Intervals are over prompts, not over training seeds", *explained])
     return "\n".join(lines) + (
         f"\n\nBenchmark {one.metrics['benchmark']}: {one.metrics['protocol']}; prompts of {one.data}, {one.split}. "
-        f"Intervals are over prompts, not over training seeds; {explained}. Left out: "
-        f"{_counts(one.record['dropped']) or 'nothing'}. Record `{one.record['id']}`.\n"
+        f"{about}. Left out: {_counts(one.record['dropped']) or 'nothing'}. Record `{one.record['id']}`.\n"
     )
 
 

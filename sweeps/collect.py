@@ -7,6 +7,7 @@ again. Where it can't be (another user's store), it counts as missing all the sa
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -97,16 +98,40 @@ class Sweep:
     _items: dict[str, Any] = field(default_factory=dict, repr=False)
     command: str | None = None  # that made it, to be given again
     experiment: str | None = None  # of conf/experiment, where it is one
+    damaged: set[str] = field(default_factory=set, repr=False)  # stages of which a file couldn't be read
 
     def record(self, stage_id: str) -> dict[str, Any] | None:
         """A stage's record; None where it has not run."""
         return _record(self.store, stage_id)
 
+    def rows(self, stage_id: str, name: str) -> list[dict[str, Any]] | None:
+        """A JSONL file of a stage, read against its record; None where there is none.
+
+        None, too, where it isn't what was written, which is said in a line, of each stage once.
+        """
+        try:
+            record = self.store.read(stage_id)
+            if record is None or name not in record["files"]:
+                return None
+            return [json.loads(line) for line in self.store.content(stage_id, name).splitlines()]
+        except (Corrupt, OSError) as error:
+            if stage_id not in self.damaged:
+                why = error if isinstance(error, Corrupt) else f"{stage_id}: {name} can't be read ({error.strerror})"
+                print(f"{why}; left out, and numbers made of it before stand", file=sys.stderr)
+            self.damaged.add(stage_id)
+            return None
+
     def items(self, measurement: Measurement) -> dict[str, dict[str, dict[str, float]]]:
-        """{kind of answer: {metric: {prompt's id: value}}}."""
+        """{kind of answer: {metric: {prompt's id: value}}}, without those that are no finite numbers, which is said."""
         if measurement.id not in self._items:
             path = self.store.folder(measurement.id) / "items.json"
-            self._items[measurement.id] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            for kind, metrics in found.items():
+                for metric, values in metrics.items():
+                    for prompt in [prompt for prompt, value in values.items() if not math.isfinite(value)]:
+                        said = f"prompt {prompt}: {metric}, {kind}, is {values.pop(prompt)}"
+                        print(f"{measurement.id}: {said}; left out of its tests", file=sys.stderr)
+            self._items[measurement.id] = found
         return self._items[measurement.id]
 
     @property

@@ -15,7 +15,6 @@ from typing import Any
 from evals import statistics
 from evolve.config import ConfigError
 from evolve.show import console as make_console
-from evolve.stages import read_rows
 from evolve.store import flatten
 from sweeps import best, collect, differences, summary, tables
 from sweeps.collect import Measurement, MemberResult, Sweep
@@ -99,6 +98,7 @@ def table(found: list[Pair]) -> Table:
                         asked[key] = f"{len(common)}" if common == every else f"{len(common)} of {len(every)}"
                     if common:
                         rows.append((key, pair, one, other))
+                    if common and (one.id, left) != (other.id, right):  # else they are one, and nothing is to be tested
                         sides[key] = ({k: [right[k]] for k in common}, {k: [left[k]] for k in common})
     if not rows and asked:
         raise ConfigError("both have been measured, but on other prompts, none of them the same: see data.* of both")
@@ -108,8 +108,10 @@ def table(found: list[Pair]) -> Table:
     cells = []
     for key, pair, one, other in rows:
         kind, metric = key[2:]
-        difference, p, _ = differences.cells(tested[key], (other.id, one.id))
-        difference.best = tested[key].p_corrected < best.ALPHA
+        difference, p = "same stage", "-"
+        if key in tested:
+            difference, p, _ = differences.cells(tested[key], (other.id, one.id))
+            difference.best = tested[key].p_corrected < best.ALPHA
         who = (
             pair[1].member.name
             if pair[0].member.name == pair[1].member.name
@@ -156,8 +158,8 @@ def prompts(pair: Pair) -> list[str]:
 def _texts(sweep: Sweep, measurement: Measurement) -> dict[str, tuple[str, str]]:
     """{prompt's id: (prompt, last answer)}; nothing of what is only weighed, or of answers that the store has lost."""
     answers = measurement.record["inputs"].get("answers")
-    rows = read_rows(sweep.store.folder(answers) / "answers.jsonl") if answers and sweep.record(answers) else []
-    return {row["id"]: (row["prompt"], row["answers"][-1]["text"]) for row in rows}
+    rows = sweep.rows(answers, "answers.jsonl") if answers else None
+    return {row["id"]: (row["prompt"], row["answers"][-1]["text"]) for row in rows or ()}
 
 
 def _said(key: str, texts: list[dict[str, tuple[str, str]]]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from evals.refinement import METRICS
 from sweeps import pooled, seeds, style, summary
-from sweeps.collect import Measurement, Sweep
+from sweeps.collect import Sweep
 from sweeps.spent import spent
 from sweeps.style import Point
 
@@ -58,7 +58,7 @@ def over_settings(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     Of several such settings the one with the most values is the axis; what else members differ in makes the lines.
     """
     [judge] = seeds.judges(sweep, "refinement")
-    last = seeds.last(sweep, judge, metric) or _last(sweep, metric)
+    last = seeds.last(sweep, judge, metric)
     words = {name: dict(word.split("=", 1) for word in name.split(" ") if "=" in word) for name in last}
     if not words:
         return None
@@ -94,20 +94,6 @@ def over_settings(sweep: Sweep, metric: str, plt: Any) -> Any | None:
     return fig
 
 
-def _last(sweep: Sweep, metric: str) -> seeds.Last:
-    found: seeds.Last = {}
-    for member in sweep.members:
-        if one := member.last("refinement"):
-            worth = {kind: _worth(one, kind, metric) for kind in one.headline}
-            found[member.name] = {kind: of for kind, of in worth.items() if of}
-    return found
-
-
-def _worth(one: Measurement, kind: str, metric: str) -> seeds.Mean | None:
-    estimate = one.headline.get(kind, {}).get(metric)
-    return (estimate, [one.id]) if estimate else None
-
-
 def _number(word: str | None) -> float | None:
     try:
         return float(word or "")
@@ -135,7 +121,7 @@ def over_compute(sweep: Sweep, metric: str, plt: Any) -> Any | None:
                 worth = (
                     seeds.over_runs(measured, kind, metric)
                     if over_runs
-                    else next((_worth(one, kind, metric) for [one] in measured.values()), None)
+                    else next((seeds.worth(one, kind, metric) for [one] in measured.values()), None)
                 )
                 if here and worth:
                     found.append((phase, fmean(of.made for of in here), fmean(of.seconds for of in here), worth))

@@ -71,7 +71,7 @@ Side = tuple[Measurement, str]  # and which of its answers
 def _comparisons(
     sweep: Sweep, benchmark: str, judge: str, every_phase: bool
 ) -> Iterator[tuple[tuple[str, str, str], Side, Side]]:
-    first: MemberResult | None = None
+    reference: MemberResult | None = None  # the first member
     for member in sweep.members:
         measured = member.of(benchmark, judge)
         if not measured:
@@ -91,11 +91,11 @@ def _comparisons(
                     yield (f"{kind} of {size['answers']}", member.name, made.phase), (made, kind), (made, one)
             if base is not None and made.id != base.id:
                 yield ("self-improvement", member.name, made.phase), (made, kinds[0]), (base, kinds[0])
-            if first is not None and made.phase == phases[-1]:
-                other = first.last(benchmark, judge)
+            if reference is not None and made.phase == phases[-1]:
+                other = reference.last(benchmark, judge)
                 if other is not None and other.id != made.id:
-                    yield (f"against {first.name}", member.name, made.phase), (made, refined), (other, refined)
-        first = first or member
+                    yield (f"against {reference.name}", member.name, made.phase), (made, refined), (other, refined)
+        reference = reference or member
 
 
 def _test(after: Side, before: Side, metric: str) -> tuple[str, str, str, str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import evals
@@ -94,16 +95,19 @@ def _shift(width: int, number: int) -> float:
 def over_metrics(sweep: Sweep, benchmark: str, plt: Any) -> Any | None:
     """A panel for each metric of a benchmark that has many, over phases: refined answers solid, direct ones dashed.
 
-    Metrics that belong together share a panel; marks of all but the first are hollow.
+    Metrics that belong together share a panel, as changes from the base's direct answers in standard deviations of
+    these by prompt, for their own units have nothing in common; marks of all but the first are hollow.
     """
     titles = sweep.titles(benchmark)
-    paired = [tuple(m for m in group if m in titles) for group in getattr(evals.load(benchmark), "TOGETHER", ())]
-    first = {group[0]: group for group in paired if group}
-    rest = {metric for group in paired for metric in group[1:]}
-    panels = [first.get(metric, (metric,)) for metric in titles if metric not in rest]
+    series = _series(sweep, benchmark)
+    together = [group for group in getattr(evals.load(benchmark), "TOGETHER", ()) if titles.keys() >= set(group)]
+    scales = {(name, m): _scale(sweep, name, benchmark, m) for name in series for group in together for m in group}
+    together = [group for group in together if all(scales[name, m] for name in series for m in group)]
+    heads = {group[0]: group for group in together}
+    rest = {metric for group in together for metric in group[1:]}
+    panels = [heads.get(metric, (metric,)) for metric in titles if metric not in rest]
     if len(sweep.phases) < 2 or not panels:
         return None
-    series = _series(sweep, benchmark)
     what, names = summary.labelled(list(series))
     looks = style.styles(list(series))
     columns = min(3, len(panels))
@@ -116,12 +120,17 @@ def over_metrics(sweep: Sweep, benchmark: str, plt: Any) -> Any | None:
                 for kind, dashes in (("direct", "--"), ("refined", "-")):
                     if not (found := points(kind, metric)):
                         continue
-                    said = ", ".join([name, kind, *([metric] if len(group) > 1 else [])])
+                    said = f"{name}, {kind}"
+                    if len(group) > 1 and (scale := scales[name, metric]):
+                        found = [replace(point, estimate=_in(scale, point.estimate)) for point in found]
+                        said = f"{said}, {metric} in SDs"
                     hollow = {"markerfacecolor": "none", "alpha": 0.6} if place else {}
                     bars = style.line(ax, said, found, looks[name], linestyle=dashes, **hollow)
                     if not place:
                         handles[names[name]] = bars
-        title = titles[group[0]] if len(group) == 1 else f"{group[0]}, and hollow: {', '.join(group[1:])}"
+        title = titles[group[0]]
+        if len(group) > 1:
+            title = f"{group[0]}, and hollow: {', '.join(group[1:])}; SDs from the base's direct answers"
         ax.set_title("\n".join(textwrap.wrap(title, 30)))
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
@@ -129,12 +138,29 @@ def over_metrics(sweep: Sweep, benchmark: str, plt: Any) -> Any | None:
         if number < len(panels) <= number + columns:
             ax.set_xticks(range(len(sweep.phases)), [_short(phase) for phase in sweep.phases])
             ax.tick_params(labelbottom=True)
-    over = "runs" if seeds.groups(sweep) else "prompts"
-    fig.suptitle(
-        f"{benchmark}: refined answers solid, direct ones dashed; bars: 95 % intervals over {over}", fontsize=8
-    )
+    fig.suptitle(f"{benchmark}: refined answers solid, direct ones dashed", fontsize=8)
     style.legend(fig, handles, None if what == "member" else what)
     return fig
+
+
+def _scale(sweep: Sweep, name: str, benchmark: str, metric: str) -> tuple[float, float] | None:
+    """Mean and standard deviation by prompt of a member's or setting's direct answers before any training.
+
+    None where they were not measured, or are all the same.
+    """
+    runs = seeds.groups(sweep).get(name) or {"": [member for member in sweep.members if member.name == name]}
+    base: dict[str, Measurement] = {}
+    for member in (member for members in runs.values() for member in members):
+        base |= {one.id: one for one in member.of(benchmark) if one.phase == member.phases(benchmark)[0]}
+    values = [value for one in base.values() for value in sweep.items(one).get("direct", {}).get(metric, {}).values()]
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return (fmean(values), spread) if spread else None
+
+
+def _in(scale: tuple[float, float], estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate on another scale, whose zero and unit are taken for certain."""
+    ends = {key: estimate[key] for key in ("value", "low", "high")}
+    return {**estimate, **{key: None if end is None else (end - scale[0]) / scale[1] for key, end in ends.items()}}
 
 
 def over_turns(sweep: Sweep, metric: str, plt: Any) -> Any | None:
@@ -242,7 +268,7 @@ def over_answers(sweep: Sweep, metric: str, plt: Any, benchmark: str = "test_tim
         axes[row, 0].set_ylabel(sweep.titles(benchmark)[metric])
         for ax in axes[row]:
             ax.set_xlabel(what)
-    fig.suptitle("after the last phase solid, after the first dotted; bars: 95 % intervals over prompts", fontsize=8)
+    fig.suptitle("after the last phase solid, after the first dotted", fontsize=8)
     style.legend(fig, handles)
     return fig
 
@@ -347,19 +373,35 @@ def write(sweep: Sweep) -> list[Drawn]:
     import matplotlib.pyplot as plt
 
     written = []
-    left_out = f"The first {DRAWN} of {len(sweep.members)} members; the tables have all."
+    left_out = f"the first {DRAWN} of {len(sweep.members)} members, of which the tables have all"
     with plt.rc_context(dict(style.STYLE)):
         for name, (title, draw, by_member) in drawings(sweep).items():
             if (figure := draw(plt)) is not None:
-                said = left_out if by_member and len(sweep.members) > DRAWN else ""
-                figure.supxlabel(said, fontsize=7)
+                some = left_out if by_member and len(sweep.members) > DRAWN else ""
+                said = "; ".join(filter(None, [_bars(sweep, figure, by_member), some]))
+                above = "; ".join(filter(None, [figure.get_suptitle(), said]))
+                fitting = int(figure.get_figwidth() * 72 / 4)  # characters of a line
+                figure.suptitle("\n".join(textwrap.wrap(above, fitting)), fontsize=8)
                 written.append(style.save(figure, sweep.folder, name, title, said))
                 plt.close(figure)
     hashes = {file.name: hash_file(file) for of in written for file in files(sweep, of)}
     for name in before - hashes.keys():
         (sweep.folder / name).unlink(missing_ok=True)
-    replace_file(note, seal({"of": fingerprint, "files": hashes, "figures": [asdict(of) for of in written]}))
+    if not sweep.damaged:  # else they are drawn again once it has been made again
+        replace_file(note, seal({"of": fingerprint, "files": hashes, "figures": [asdict(of) for of in written]}))
     return written
+
+
+def _bars(sweep: Sweep, figure: Any, by_member: bool) -> str:
+    """What a figure's intervals are over, in words; or why there are none over runs."""
+    over_runs = bool(seeds.groups(sweep)) and not by_member
+    counts = sorted({of["n"] for of in style.estimates(figure) if of["low"] is not None})
+    if not counts:
+        return seeds.crossed(sweep) if over_runs else ""
+    if over_runs:
+        return f"bars: 95 % intervals over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs"
+    trained = any(step["kind"] in training.TRAINING for member in sweep.members for step in member.steps)
+    return "bars: 95 % intervals over prompts" + (", one training run" if trained else "")
 
 
 def files(sweep: Sweep, of: Drawn) -> list[Path]:

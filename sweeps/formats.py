@@ -163,12 +163,16 @@ def _latex(made: Table, caption: Sequence[str]) -> str:
 
 
 def write(folder: Path, found: Sequence[Table]) -> list[Path]:
-    """table.txt, table.md, table.tex, and cells.csv, which leads from each number shown to its records. Returns all."""
+    """table.txt, table.md, table.tex, and cells.csv, which leads from each number shown to its records. Returns all.
+
+    Labels in table.tex are the folder's name and a number; what LaTeX or a reference can't read becomes a hyphen.
+    """
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)
     preamble = "% In the preamble: \\usepackage[T1]{fontenc} \\usepackage{adjustbox,booktabs}\n"
     content = {
         "table.txt": "\n".join(map(text, found)),
         "table.md": "\n".join(map(markdown, found)),
-        "table.tex": preamble + "\n".join(latex(made, f"{folder.name}-{n}") for n, made in enumerate(found, 1)),
+        "table.tex": preamble + "\n".join(latex(made, f"{label}-{n}") for n, made in enumerate(found, 1)),
     }
     for name, written in content.items():
         (folder / name).write_text(written, encoding="utf-8")

@@ -95,7 +95,7 @@ def write(sweeps: Sequence[Sweep], path: Path) -> Path:
     html = templates.get_template("page.html.jinja").render(
         parts=parts,
         sections=SECTIONS.items(),
-        made_from=made_from,
+        made_from="" if any(sweep.damaged for sweep in sweeps) else made_from,  # of a file that isn't read, not all
         split=_split,
         upper=_upper,
         is_best=is_best,

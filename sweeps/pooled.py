@@ -1,5 +1,8 @@
 """Figure 1's way of reporting: members that differ in template and evaluation seed alone, as one curve by turn. [paper]
 
+Only where nothing was trained: a template of trained members is part of their training, so each has models of its own,
+and of these only what differs in the evaluation's seed is pooled.
+
 A prompt is one cluster, whatever the number of templates and seeds it was asked with: its mean over them is taken
 first, so the interval is over prompts. That counts the seeds' noise too, since a seed's draws are independent from
 prompt to prompt. It would not for training seeds, whose effect all prompts share; members that differ in those are
@@ -17,6 +20,7 @@ from evals import refinement, statistics
 from sweeps import tables
 from sweeps.collect import Measurement, MemberResult, Sweep
 from sweeps.formats import Cell, Table
+from sweeps.training import TRAINING
 
 Group = Sequence[MemberResult]
 
@@ -30,16 +34,20 @@ def shown(sweep: Sweep) -> list[Table]:
         if rows:
             turns = max(map(len, rows)) - 2
             header = ["members", "phase", *(f"turn {turn}" for turn in range(1, turns + 1))]
-            about = f"{title} by turn, pooled over templates and seeds of evaluation, ±: 95 % interval over prompts"
+            about = (
+                f"{title} by turn, pooled over seeds of evaluation, and where nothing was trained over templates, "
+                "±: 95 % interval over prompts"
+            )
             found.append(Table(about, [header, *rows]))
     return found
 
 
 def groups(sweep: Sweep) -> list[list[MemberResult]]:
-    """Members whose settings are equal but for the template and eval.seed."""
+    """Members whose settings are equal but for eval.seed, and the template where nothing was trained."""
     found: dict[str, list[MemberResult]] = {}
     for member in sweep.members:
-        config: dict[str, Any] = {key: value for key, value in member.config.items() if key != "template"}
+        trained = any(step["kind"] in TRAINING for step in member.steps)
+        config: dict[str, Any] = {key: value for key, value in member.config.items() if trained or key != "template"}
         config["eval"] = {key: value for key, value in config["eval"].items() if key != "seed"}
         found.setdefault(json.dumps(config, sort_keys=True), []).append(member)
     return list(found.values())

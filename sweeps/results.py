@@ -25,9 +25,9 @@ def first(sweep: Sweep) -> list[Table]:
     Where settings were run with several seeds, means over these, not every run.
     """
     [main, *_] = sweep.benchmarks
-    if over_runs := seeds.shown(sweep, [main]):
-        return [_cut(made) for made in over_runs]
-    found = [made for made in tables.shown(sweep, [main]) if not made.title.startswith(tables.BY_ANSWERS)]
+    found = seeds.shown(sweep, [main])
+    if not found:
+        found = [made for made in tables.shown(sweep, [main]) if not made.title.startswith(tables.BY_ANSWERS)]
     return [_cut(made) for made in found + summary.shown(sweep, beyond=main)]
 
 

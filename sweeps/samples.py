@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evolve.stages import read_rows
 from sweeps.collect import Measurement, Sweep
 
 PROMPTS = 3  # of each model
@@ -88,10 +87,8 @@ def _models(sweep: Sweep) -> Iterator[tuple[int, Measurement, tuple[int, ...]]]:
 
 def _of(sweep: Sweep, measurement: Measurement, members: tuple[int, ...]) -> Iterator[Chain]:
     inputs = measurement.record["inputs"]
-    file = sweep.store.folder(inputs["answers"]) / "answers.jsonl"
-    if not file.exists():  # pruned: the numbers stand without
-        return
-    rows = sorted(read_rows(file), key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:PROMPTS]
+    found = sweep.rows(inputs["answers"], "answers.jsonl") or []  # none: pruned; the numbers stand without
+    rows = sorted(found, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:PROMPTS]
     say = _scorer(sweep, measurement)
     for row in rows:
         answers = row["answers"]
@@ -105,9 +102,9 @@ def _of(sweep: Sweep, measurement: Measurement, members: tuple[int, ...]) -> Ite
 
 def _scorer(sweep: Sweep, measurement: Measurement) -> Callable[[str, int, int], str]:
     """What is said of an answer by (prompt's id, its number, of how many): its score, or the benchmark's metrics."""
-    file = sweep.store.folder(measurement.record["inputs"].get("scores", "")) / "scores.jsonl"
-    if file.is_file():
-        scores = {row["id"]: row for row in read_rows(file)}
+    scored = measurement.record["inputs"].get("scores")
+    if rows := sweep.rows(scored, "scores.jsonl") if scored else None:
+        scores = {row["id"]: row for row in rows}
 
         def graded(key: str, number: int, of: int) -> str:
             value, correct = (scores[key][what][number - 1] for what in ("scores", "correct"))

@@ -105,15 +105,24 @@ def legend(fig: Any, handles: Mapping[str, Any], title: str | None = None) -> No
     fig.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, title=title)
 
 
+def _lines(figure: Any) -> list[Any]:
+    """What `line` has drawn."""
+    return [one for ax in figure.axes for one in ax.containers if hasattr(one.lines[0], "points")]
+
+
+def estimates(figure: Any) -> list[Mapping[str, Any]]:
+    """Of all its points."""
+    return [point.estimate for one in _lines(figure) for point in one.lines[0].points]
+
+
 def save(figure: Any, folder: Path, name: str, title: str, note: str = "") -> Drawn:
     """A figure in every format. Equal figures are equal files: none says when it was drawn."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     ConstrainedLayoutEngine().execute(figure)  # once: a figure with an engine of its own is drawn twice for each format
-    bars = [one for ax in figure.axes for one in ax.containers if hasattr(one.lines[0], "points")]
     width, height = (72 * float(inches) for inches in figure.get_size_inches())
     marks = []
-    for number, one in enumerate(bars):
+    for number, one in enumerate(_lines(figure)):
         drawn = one.lines[0]
         for part in (drawn, *one.lines[2]):
             part.set_gid(f"line-{number}")

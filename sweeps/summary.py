@@ -1,5 +1,7 @@
 """The paper's kind of table: a row for each method after its last phase, a column for each benchmark's metric.
 
+A method is a member, or a setting over its runs where it was run with several seeds.
+
 Direct answers (what self-improvement changes), refined answers, and the gain of one over the other (self-refinement)
 are parts of their own. Beside our numbers stand the paper's, where they are known here (published.yaml).
 """
@@ -13,8 +15,8 @@ from typing import Any
 import yaml
 
 from evolve.store import flatten
-from sweeps import best, tables
-from sweeps.collect import Measurement, MemberResult, Sweep
+from sweeps import best, seeds, tables
+from sweeps.collect import MemberResult, Sweep
 from sweeps.formats import Table
 
 PARTS = {"direct": "direct answers", "refined": "refined answers", "gain": "self-refinement"}  # and what picks have
@@ -25,35 +27,45 @@ Column = tuple[str, str, str]  # benchmark, judge, metric
 
 
 def shown(sweep: Sweep, beyond: str | None = None) -> list[Table]:
-    """The table; none where a sweep has one member, or measures one thing that the tables by phase show as well.
+    """The table; none where a sweep has one method, or measures one thing that the tables by phase show as well.
 
     `beyond`: of all benchmarks but this one, whatever is there.
     """
     measured = [name for name in sweep.benchmarks if name != (beyond or "test_time")]  # which has tables of its own
     columns = _columns(sweep, measured)
-    if not columns or (beyond is None and (len(columns) < 2 or len(sweep.members) < 2)):
+    over_runs = seeds.groups(sweep)
+    methods: Mapping[str, seeds.Runs] = over_runs or {member.name: {"": [member]} for member in sweep.members}
+    if not columns or (beyond is None and (len(columns) < 2 or len(methods) < 2)):
         return []
-    what, names = labels(sweep)
+    what, names = labelled(list(methods))
+    what = "setting" if over_runs and what == "member" else what
     known = [column for column in columns if any(column[2] in _numbers(row, column[0]) for row in PUBLISHED)]
     contests: dict[tuple[str, Column], list[best.Rival]] = {}
     rows = []
     for kind in dict.fromkeys(kind for member in sweep.members for m in member.measurements for kind in m.headline):
-        for member in sweep.members:
+        for name, runs in methods.items():
+            members = [member for several in runs.values() for member in several]
             cells = []
             for column in columns:
-                last = _last(member, column)
-                if last is None:
-                    cells.append("missing" if _asked(member, column[0]) else "-")
-                    continue
-                cells.append(cell := tables.cell(last, column[2], kind))
-                contests.setdefault((kind, column), []).append(best.Rival(cell, last, kind, column[2]))
+                benchmark, judge, metric = column
+                last = members[0].last(benchmark, judge)
+                if over_runs:
+                    mean = seeds.over_runs(seeds.at_end(runs, benchmark, judge), kind, metric)
+                    cells.append(seeds.cell(mean or _none(members, benchmark), seeds.most_runs(sweep)))
+                elif last is None:
+                    cells.append(_none(members, benchmark))
+                else:
+                    cells.append(cell := tables.cell(last, metric, kind))
+                    contests.setdefault((kind, column), []).append(best.Rival(cell, last, kind, metric))
             if any(cell not in ("-", "missing") for cell in cells):
-                beside = [published(member, kind, column) for column in known] if kind != "gain" else ["-"] * len(known)
-                rows.append([PARTS.get(kind, kind), names[member.name], _phase(member), *cells, *beside])
+                beside = ["-" if kind == "gain" else published(members[0], kind, column) for column in known]
+                rows.append([PARTS.get(kind, kind), names[name], _phase(members[0]), *cells, *beside])
     best.mark(sweep, list(contests.values()))
     titles = [_title(sweep, column) for column in columns]
     header = ["answers", what, "after", *titles, *(f"published {_title(sweep, column)}" for column in known)]
-    about = _about(known, rows) + tables.untested(sweep, dict(zip(columns, titles, strict=True)))
+    about = _about(sweep, known, rows)
+    if not over_runs:
+        about += tables.untested(sweep, dict(zip(columns, titles, strict=True)))
     return [Table(about, [header, *rows], labels=3)]
 
 
@@ -91,28 +103,28 @@ def _columns(sweep: Sweep, benchmarks: Iterable[str]) -> list[Column]:
     return [
         (benchmark, judge, metrics[0])
         for benchmark in benchmarks
-        for judge in sweep.judges(benchmark)
+        for judge in _judges(sweep, benchmark)
         for metrics in tables.together(sweep, benchmark)
         if any(
             worth.get(metrics[0])
-            for member in sweep.members
-            for one in member.of(benchmark, judge)
+            for member in sweep.judged(benchmark, judge).members
+            for one in member.of(benchmark)
             for worth in one.headline.values()
         )
     ]
 
 
-def _last(member: MemberResult, column: Column) -> Measurement | None:
-    found = [one for one in member.of(column[0], column[1]) if one.phase == _phase(member)]
-    return found[0] if found else None
+def _judges(sweep: Sweep, benchmark: str) -> list[str]:
+    return seeds.judges(sweep, benchmark) if seeds.groups(sweep) else sweep.judges(benchmark)
 
 
 def _phase(member: MemberResult) -> str:
     return [step["phase"] for step in member.steps if step["kind"] == "evaluate"][-1]
 
 
-def _asked(member: MemberResult, benchmark: str) -> bool:
-    return (_phase(member), benchmark) in member.missing
+def _none(members: Iterable[MemberResult], benchmark: str) -> str:
+    """What stands for a number that there is not: whether it was to be measured."""
+    return "missing" if any((_phase(member), benchmark) in member.missing for member in members) else "-"
 
 
 def named(benchmark: str, title: str) -> str:
@@ -123,11 +135,14 @@ def named(benchmark: str, title: str) -> str:
 def _title(sweep: Sweep, column: Column) -> str:
     benchmark, judge, metric = column
     title = named(benchmark, sweep.titles(benchmark)[metric])
-    return f"{title}, {judge}" if len(sweep.judges(benchmark)) > 1 else title
+    return f"{title}, {judge}" if len(_judges(sweep, benchmark)) > 1 else title
 
 
-def _about(known: list[Column], rows: list[list[str]]) -> str:
-    said = "all benchmarks after each member's last phase, ±: 95 % interval over prompts; protocols stand with each"
+def _about(sweep: Sweep, known: list[Column], rows: list[list[str]]) -> str:
+    said = "all benchmarks after each member's last phase, ±: 95 % interval over prompts"
+    if seeds.groups(sweep):
+        said = f"all benchmarks after the last phase, {seeds.means_of(sweep, seeds.most_runs(sweep))}"
+    said += "; protocols stand with each"
     said += (
         " benchmark's table by phase; direct answers: what self-improvement changes; self-refinement: refined - direct"
     )
@@ -135,4 +150,4 @@ def _about(known: list[Column], rows: list[list[str]]) -> str:
     if not known:
         return f"{said}; the paper's numbers for these are {UNKNOWN}"
     sources = "; ".join(f"{row['tag']} {row['what']}: {row['source']}" for row in PUBLISHED)
-    return f"{said}; published: {sources}"
+    return f"{said}; published, of Llama-3.1-8B also beside the embedded model: {sources}"

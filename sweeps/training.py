@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from evolve.stages import read_rows
 from sweeps import style, summary
 from sweeps.collect import MemberResult, Sweep
 from sweeps.style import Point
@@ -29,12 +28,12 @@ Stage = tuple[str, str, int, list[dict[str, float]]]  # phase, id, steps before 
 
 
 def stages(sweep: Sweep, member: MemberResult) -> Iterator[Stage]:
-    """A member's training stages that have run."""
+    """A member's training stages, up to the first whose steps can't be read: how many there were numbers the next."""
     before = 0
     for step in member.steps:
-        file = sweep.store.folder(step["id"]) / "steps.jsonl"
-        if step["kind"] in TRAINING and file.exists():
-            rows = read_rows(file)
+        if step["kind"] in TRAINING:
+            if (rows := sweep.rows(step["id"], "steps.jsonl")) is None:
+                break
             yield step["phase"], step["id"], before, rows
             before += len(rows)
 
@@ -63,8 +62,10 @@ def over_steps(sweep: Sweep, plt: Any) -> Any | None:
                     continue
                 xs += [x for x, _ in here] + [math.nan]  # no line from one stage to the next
                 ys += [y for _, y in here] + [math.nan]
-                said = f"{phase}, {PANELS[key]} after {len(logged)} steps"
                 last, value = here[-1]
+                span = int(means[-1].get("span", 1))
+                said = f"{phase}, {PANELS[key]} after {len(logged)} steps"
+                said += f", mean of the last {span}" if span > 1 else ""
                 ends.append(Point(last, said, {"value": value, "low": None, "high": None}, [stage_id]))
             if not ends:
                 continue
@@ -80,13 +81,13 @@ def over_steps(sweep: Sweep, plt: Any) -> Any | None:
 
 
 def _means(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """At most POINTS rows: means over equal spans, each at its last step."""
+    """At most POINTS rows: means over equal spans, each at its last step; `span`: of how many rows."""
     if len(rows) <= POINTS:
         return rows
     edges = [round(len(rows) * n / POINTS) for n in range(POINTS + 1)]
     spans = [rows[first:last] for first, last in pairwise(edges)]
     return [
         {key: math.fsum(row[key] for row in span) / len(span) for key in PANELS if all(key in row for row in span)}
-        | {"step": span[-1]["step"]}
+        | {"step": span[-1]["step"], "span": len(span)}
         for span in spans
     ]

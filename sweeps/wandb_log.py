@@ -153,7 +153,13 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    touched, how = log(sweep)
+    import wandb
+
+    try:
+        touched, how = log(sweep)
+    except (OSError, wandb.Error) as error:
+        print(f"error: {str(error).splitlines()[0]}; the same command goes on from there", file=sys.stderr)
+        return 1
     said = [f"{touched} member{'s' * (touched > 1)} logged in group {sweep.folder.name}"] if touched else []
     if unsent(sweep.folder) and (touched or how == "online"):
         problem = send(sweep.folder) if how == "online" else how

@@ -6,7 +6,6 @@ the same rows in every sweep. Logged from a second folder, they are appended to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from sweeps import figures
 from sweeps.collect import Measurement, MemberResult, Sweep
 from sweeps.report import PAGE
 from sweeps.samples import Chain
-from sweeps.training import TRAINING
+from sweeps.training import TRAINING, stages
 
 Row = dict[str, Any]
 SAMPLES: list[str | int] = [
@@ -64,17 +63,12 @@ def rows(sweep: Sweep, member: MemberResult, fresh: Sequence[Measurement]) -> It
 
 def _steps(sweep: Sweep, member: MemberResult, phase: str) -> Iterator[Row]:
     """What a phase's training logged of its optimiser steps, which are numbered through the member's phases."""
-    before = 0
-    for step in member.steps:
-        file = sweep.store.folder(step["id"]) / "steps.jsonl"
-        if step["kind"] not in TRAINING or not file.exists():
-            continue
-        logged = [json.loads(line) for line in sweep.store.content(step["id"], file.name).splitlines()]
-        if step["phase"] == phase:
+    for trained, stage_id, before, logged in stages(sweep, member):
+        if trained == phase:
+            kind = stage_id.split("/")[0]
             for row in logged:
                 number = row.pop("step")
-                yield {"optimiser_step": before + number, **{f"{step['kind']}/{key}": row[key] for key in row}}
-        before += len(logged)
+                yield {"optimiser_step": before + number, **{f"{kind}/{key}": row[key] for key in row}}
 
 
 def _timing(sweep: Sweep, member: MemberResult, phase: str) -> Row:

@@ -106,15 +106,15 @@ def main() -> int:
         print(f"error: {sweep.folder}: nothing has been measured yet, so there is nothing to compare", file=sys.stderr)
         return 2
     entity = sweep.members[0].config["wandb"]["entity"]
-    if asked.dry_run:
-        print(json.dumps(workspace(sweep, entity or "")._spec, indent=1))  # there is no public way
-        return 0
-    if not wandb.login(prompt=False, verify=False):
+    if not asked.dry_run and not wandb.login(prompt=False, verify=False):
         print("error: no key of W&B: `wandb login` or WANDB_API_KEY sets it up; --dry-run needs none", file=sys.stderr)
         return 2
     try:
+        if asked.dry_run:
+            print(json.dumps(workspace(sweep, entity or "")._spec, indent=1))  # there is no public way
+            return 0
         print(workspace(sweep, entity or wandb.Api().default_entity or "").save().url)
-    except wandb.Error as error:
+    except (OSError, wandb.Error) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evolve import config, launch, plan, sources, word_problems
 from evolve.config import CONF, Config, ConfigError
+from evolve.config.engines import check_server
 from evolve.store import Stage, flatten
 
 DEFAULTS = Path(__file__).with_name("default_config.yaml")
@@ -357,6 +358,42 @@ def test_refused_in_one_line(tmp_path: Path, overrides: str) -> None:
 @pytest.mark.parametrize("wrong", ["engine.url=http://me:sesame@x/v1", "engine.url=http://x/v1 engine.key=sk-sesame"])
 def test_a_refusal_shows_no_secret(tmp_path: Path, wrong: str) -> None:
     assert "sesame" not in refusal(tmp_path, "engine=openai", *wrong.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--api-key sesame",
+        "--api_key=sesame",
+        "--hf-token sesame",
+        "--token=sesame",
+        "--header Authorization:sesame",
+        "--header 'Bearer sesame'",
+        "--password sesame 'unclosed",
+        "sk-sesame",
+        "hf_sesame",
+        '{"api_key": "sesame"}',
+    ],
+)
+@pytest.mark.parametrize("section", ["engine", "annotator"])
+def test_a_key_in_a_servers_command_is_refused(section: str, words: str) -> None:
+    """Records, pages and W&B show the command, and so would show the key."""
+    said = rf"^{section}\.serve: looks as if it held a key .* {section}\.key$"
+    with pytest.raises(ValueError, match=said) as refused:
+        check_server(section, None, f"serve {{model}} --port {{port}} {words}", "KEY")
+    assert "sesame" not in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="looks as if it held a key"):
+        check_server(section, None, f"env VLLM_API_KEY=sesame serve {{model}} --port {{port}} {words}", "KEY")
+
+
+def test_other_options_of_a_servers_command_are_not_taken_for_keys() -> None:
+    for words in (
+        "--tokenizer hf-internal-testing/llama --skip-tokenizer-init --max-num-batched-tokens 2048",
+        "--ssl-keyfile server.key --api-key-file /run/secrets/key --return-tokens-as-token-ids",
+        "--download-dir /data/token --chat-template a_b_c_d_e_f_g_h_i_j_k_l_m_n_o_p_q_r_s_t_u_v_w_x.jinja",
+        "--served-model-name task-7b --seed 3 --risk-free",
+    ):
+        check_server("engine", None, f"vllm serve {{model}} --port {{port}} {words}", "KEY")
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

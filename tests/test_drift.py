@@ -1,6 +1,8 @@
 """What drift measures: likelihoods against transformers' own, and numbers worked out by hand."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from conftest import load
@@ -11,6 +13,9 @@ from sacrebleu import sentence_bleu
 from evals import drift
 from evolve import plan, sources
 from evolve.stages import Context, ModelSettings, module, read_rows
+from evolve.store import Store
+from sweeps import differences, figures, tables
+from sweeps.collect import Measurement, MemberResult, Sweep
 
 READ = ModelSettings(dtype="float32", chat_template=None, trust_remote_code=False)
 
@@ -153,6 +158,61 @@ def test_numbers_by_hand():
     assert gain["kl"]["value"] == 3.5 and gain["proxy"]["value"] == 3.0
     assert measured.items["refined"]["kl"] == {"0": 7.0, "1": 2.0}
     assert "proxy" not in drift.measure(answers, gold, policy, base, "said").metrics["turns"][0]
+
+
+def test_likeness_has_no_interval_over_prompts_and_no_test(tmp_path):
+    """A text stands among the references of others, so their values are not independent."""
+    said = ["a b c d e", "a b c d f", "g h i j k", "a b c d e"]
+    measured = drift.measure(
+        *rows(*[[(text, 1.0, -n, -2.0), (said[-1], 0.5, -1.0, -n)] for n, text in enumerate(said)]), "said"
+    )
+    for worth in drift.headline(measured.metrics).values():
+        assert worth["self_bleu"]["low"] is worth["self_bleu"]["high"] is None and worth["self_bleu"]["n"] == 4
+        assert worth["kl"]["low"] < worth["kl"]["high"]
+    direct, refined, gain = (worth["self_bleu"]["value"] for worth in drift.headline(measured.metrics).values())
+    assert refined == pytest.approx(100) and gain == pytest.approx(refined - direct) and gain > 0
+    steps = [{"phase": "base", "kind": "evaluate", "id": "evaluate/1", "benchmark": "drift"}]
+    made = Measurement("base", "evaluate/1", measured.metrics, {"dropped": {}})
+    sweep = Sweep(
+        tmp_path, Store(tmp_path), [MemberResult("", {}, steps, [made], [], {})], {made.id: dict(measured.items)}
+    )
+    [tested] = differences.shown(sweep)
+    assert {row[2] for row in tested.rows[1:]} == {"gold", "characters", "distinct_2", "log_perplexity", "kl"}
+    [whole] = tables.shown(sweep)
+    assert whole.title.endswith(f"with no value by prompt: {drift.METRICS['self_bleu']}")
+
+
+def test_gold_and_proxy_are_drawn_on_one_scale(tmp_path):
+    """Their units have nothing in common: both are changes from the base's direct answers, in these' SDs by prompt."""
+    scores = {"base": [(0.2, 10.0), (0.4, 30.0)], "sft": [(0.5, 20.0), (0.5, 60.0)]}
+    steps, made, items = [], [], {}
+    for phase, by_prompt in scores.items():
+        answers, gold, policy, base = rows(
+            *[[("a b", one, -1.0, -2.0), ("a b", one, -1.0, -2.0)] for one, _ in by_prompt]
+        )
+        proxy = [{"id": row["id"], "scores": [one, one + 20]} for row, (_, one) in zip(gold, by_prompt, strict=True)]
+        measured = drift.measure(answers, gold, policy, base, "said", proxy)
+        steps.append({"phase": phase, "kind": "evaluate", "id": phase, "benchmark": "drift"})
+        made.append(Measurement(phase, phase, measured.metrics, {"dropped": {}}))
+        items[phase] = dict(measured.items)
+    sweep = Sweep(tmp_path, Store(tmp_path), [MemberResult("", {}, steps, made, [], {})], items)
+    [drawn] = figures.write(sweep)
+    found = {(mark.series, mark.where): mark.estimate for mark in drawn.marks if "in SDs" in mark.series}
+    assert {key: round(of["value"] * 2**0.5, 9) for key, of in found.items()} == {
+        (", direct, gold in SDs", "base"): 0, (", direct, gold in SDs", "sft"): 2,  # 0.2 in SDs of 0.1 * 2**0.5
+        (", refined, gold in SDs", "base"): 0, (", refined, gold in SDs", "sft"): 2,
+        (", direct, proxy in SDs", "base"): 0, (", direct, proxy in SDs", "sft"): 2,
+        (", refined, proxy in SDs", "base"): 2, (", refined, proxy in SDs", "sft"): 4,
+    }  # fmt: skip
+    one = found[", direct, proxy in SDs", "sft"]
+    assert one["high"] - one["value"] == pytest.approx((made[1].metrics["turns"][0]["proxy"]["high"] - 40) / 200**0.5)
+    text = " ".join(re.findall(r">([^<>]+)</text>", (tmp_path / "drift.svg").read_text()))
+    assert "gold, and hollow: proxy; SDs from the base's direct answers" in text
+    # Without the base's answers there is no such scale: each has its own panel.
+    [drawn] = figures.write(replace(sweep, experiment="other", _items={key: {} for key in items}))
+    assert not [mark for mark in drawn.marks if "SDs" in mark.series]
+    text = " ".join(re.findall(r">([^<>]+)</text>", (tmp_path / "drift.svg").read_text()))
+    assert drift.METRICS["gold"] in text and drift.METRICS["proxy"] in text
 
 
 def test_what_has_no_score_is_counted():

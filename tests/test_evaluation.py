@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from conftest import load, sweep_here
 from test_judges import SECRET, Fake
 
 from evals import alpaca_annotations, arena_hard
+from evals.needs import Measured
 from evolve import launch, plan, sources
 from evolve.config import ConfigError
 from evolve.stages import Context, module, stage, write_rows
@@ -113,6 +115,57 @@ def test_templates_and_seeds_are_pooled_by_prompt(tmp_path: Path) -> None:
         for prompt in first["turn 2"]["reward"]
     ]
     assert reward.rows[1][3].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 5
+
+
+def test_models_that_were_trained_by_other_templates_are_not_pooled(sweep: collect.Sweep) -> None:
+    """Their templates are part of what they are; those of one base model, which was asked in several ways, are not."""
+    one = sweep.members[0]
+    other = replace(one, config={**one.config, "template": {**one.config["template"], "name": "another"}})
+    again = replace(one, config={**one.config, "eval": {**one.config["eval"], "seed": 1}})
+    untrained = [
+        replace(member, steps=[step for step in member.steps if step["kind"] != "activate"])
+        for member in (one, other, again)
+    ]
+    trained = replace(sweep, members=[one, other, again])
+    assert [len(group) for group in pooled.groups(trained)] == [2, 1]
+    assert [len(group) for group in pooled.groups(replace(sweep, members=untrained))] == [3]
+
+
+def test_a_score_that_is_no_number_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds it, the statistics or the last look before items are written."""
+    rows = [{"id": str(n), "answers": [{"text": "1", "tokens": 1, "end": "stop"}] * 2} for n in range(3)]
+    scores = [{"id": row["id"], "scores": [1.0, 0.5], "correct": [True, False]} for row in rows]
+    scores[1]["scores"] = [1.0, math.nan]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    write_rows(tmp_path / "scores.jsonl", scores)
+    config = module("evaluate").Config(benchmark="refinement", protocol="a chain")
+    context = Context("cpu", lambda done, total: None, tmp_path / "partial")
+    given = {"answers": tmp_path, "scores": tmp_path}
+    with pytest.raises(ValueError, match=r"^refinement: prompt 1: nan is no finite number"):
+        module("evaluate").run(config, given, tmp_path, context)
+    items = {"direct": {"reward": {"0": 1.0, "1": math.inf}}}
+    monkeypatch.setattr("evals.refinement.measure", lambda **given: Measured({}, {}, items))
+    with pytest.raises(ValueError, match=r"^refinement: prompt 1: reward, direct, is inf$"):
+        module("evaluate").run(config, given, tmp_path, context)
+    assert not (tmp_path / "items.json").exists()
+
+
+def test_items_of_old_records_that_are_no_numbers_are_left_out(
+    sweep: collect.Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = sweep.members[0].of("alpaca_eval")[0]
+    fresh = replace(sweep, _items={})
+    prompt, *others = fresh.items(one)["direct"]["win_rate"]
+    file = sweep.store.folder(one.id) / "items.json"
+    whole = file.read_text()
+    broken = json.loads(whole)
+    broken["direct"]["win_rate"][prompt] = math.nan
+    file.write_text(json.dumps(broken))
+    fresh = replace(sweep, _items={})
+    assert list(fresh.items(one)["direct"]["win_rate"]) == others and differences.shown(fresh)
+    file.write_text(whole)
+    said = capsys.readouterr().err
+    assert said == f"{one.id}: prompt {prompt}: win_rate, direct, is nan; left out of its tests\n"
 
 
 def test_a_missing_end_is_not_taken_for_another(sweep: collect.Sweep) -> None:

@@ -15,12 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from evolve import world
+from evolve import launch, world
 from evolve.config import ROOT
 from evolve.store import Store, hash_file
 
@@ -395,6 +396,22 @@ def test_plan_sees_what_is_damaged(copied: Path, damage: str) -> None:
         record.write_text(record.read_text().replace('"epochs": 1', '"epochs": 2'))
     done = evolve(copied, *MEMBER, "dry_run=true")
     assert done.returncode == 0 and " 1 new" in done.stdout and "a damaged result" in done.stdout
+
+
+def test_a_report_that_breaks_hides_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(planned: launch.Planned) -> None:
+        raise KeyError("a table")
+
+    monkeypatch.setattr(launch, "report", breaks)
+    planned: Any = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(launch.Failed, match=r"^2 stages failed$"):
+        launch.conclude(planned, "2 stages failed")
+    said = capsys.readouterr().err
+    assert said == f"no report: KeyError: 'a table'; python -m sweeps.report {tmp_path} tries again\n"
+    with pytest.raises(KeyError):
+        launch.conclude(planned)
 
 
 # ---- several processes

@@ -198,19 +198,33 @@ def test_cards_wandb_and_the_prompts_that_differ(sweep: Sweep) -> None:
     assert [line.partition(",")[0] for line in compare.prompts(pair)] == ["+1.000 triviaqa exact_match"] * compare.TOP
 
 
-def test_what_is_better_the_less_there_is_of_it_is_never_bold(tmp_path: Path) -> None:
-    """CrowS-Pairs counts stereotypes; one of its metrics has values by document, and the more the worse."""
+def stereotypes(folder: Path) -> tuple[Measured, Measured]:
+    """What lm-eval makes of likelihoods on CrowS-Pairs, which counts stereotypes: a fair one, and one that is not."""
     rows = [{"sent_more": f"{n} is", "sent_less": f"{n} is not"} for n in range(DOCUMENTS)]
-    setup, questions = ask("crows_pairs_english", tmp_path / "test.jsonl", rows)
-    biased, fair = (
+    setup, questions = ask("crows_pairs_english", folder / "test.jsonl", rows)
+    fair, biased = (
         harness.measure(
             setup,
             questions,
             [{"id": row["id"], "likelihoods": [[first, False], [-2.0, False]]} for row in questions],
             "0-shot",
         )
-        for first in (-1.0, -3.0)
+        for first in (-3.0, -1.0)
     )
+    return fair, biased
+
+
+def test_a_card_says_nothing_where_there_is_nothing_to_explain(tmp_path: Path) -> None:
+    """Likelihoods have one turn, and so no gain."""
+    made, _ = stereotypes(tmp_path)
+    source = card.Source("crows", "", False, "")
+    told = card._evaluation(card.Evaluation({"id": "e/1", "dropped": {}}, made.metrics, source, "its own questions"))
+    assert "not over training seeds. Left out: nothing. Record `e/1`." in told
+
+
+def test_what_is_better_the_less_there_is_of_it_is_never_bold(tmp_path: Path) -> None:
+    """One of CrowS-Pairs' metrics has values by document, and the more the worse."""
+    fair, biased = stereotypes(tmp_path)
     sweep = swept(tmp_path, (fair, biased))
     assert list(sweep.titles("crows_pairs_english")) == ["likelihood_diff", "pct_stereotype"]
     assert biased.metrics["less_is_better"] == ["likelihood_diff", "pct_stereotype"]

@@ -180,6 +180,14 @@ def test_a_figures_points_are_links_that_say_their_number(sweep: Path, made: Pat
                 assert [p for p in points if p["href"] == f"#{page.anchor(one.id)}" and p["aria-label"].endswith(said)]
 
 
+def test_a_figure_says_what_its_bars_are(sweep: Path, made: Path) -> None:
+    html, folder = made.read_text(), collect.load(sweep).folder
+    for one in figures.write(collect.load(sweep)):
+        said = "" if one.name == "training" else "bars: 95 % intervals over prompts, one training run"
+        assert one.note == said and f'<span class="note">{said}</span>' in html
+        assert said in " ".join(re.findall(r">([^<>]+)</text>", (folder / f"{one.name}.svg").read_text()))
+
+
 def test_answers_used_are_drawn_and_tabled_with_their_records(sweep: Path, made: Path) -> None:
     document = Document(made)
     assert any(text.startswith("By answers used: mean reward") for text in document.texts["strong"])
@@ -323,6 +331,40 @@ def test_what_is_broken_and_cannot_be_moved_is_missing(
     assert f"<code>{answers}</code>" in html and f'id="{page.anchor(other.id)}"' in html
     marks = [mark for one in figures.write(found) for mark in one.marks]
     assert "1 measurement is missing" in html and marks and not any(broken.id in mark.records for mark in marks)
+
+
+@pytest.mark.parametrize("damage", ["reversed", "cut", "removed"])
+def test_what_is_damaged_is_left_out_and_said_once(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Answers, scores and training steps, of which no number is made any more; whole again, they are shown again."""
+    shutil.copytree(sweep.parent.parent, tmp_path / "out")
+    copied = tmp_path / "out" / "sweeps" / sweep.name
+    report.show([copied])
+    whole = (copied / "report.html").read_text()
+    found = collect.load(copied)
+    inputs = found.members[1].of("refinement")[-1].record["inputs"]
+    [trained] = [step["id"] for step in found.members[1].steps if step["kind"] == "activate"]
+    files = {inputs["answers"]: "answers.jsonl", inputs["scores"]: "scores.jsonl", trained: "steps.jsonl"}
+    paths = [found.store.folder(stage_id) / name for stage_id, name in files.items()]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        path.unlink() if damage == "removed" else path.write_bytes(
+            content[::-1] if damage == "reversed" else content[:-9]
+        )
+    (copied / "report.html").unlink()
+    (copied / ".figures.json").unlink()
+    capsys.readouterr()
+    report.show([copied])
+    said = capsys.readouterr().err
+    assert all(sum(line.startswith(f"{stage_id}: ") for line in said.splitlines()) == 1 for stage_id in files)
+    assert said.count("\n") == len(files)
+    html = (copied / "report.html").read_text()
+    assert html.count('<article class="chain') == whole.count('<article class="chain') - samples.PROMPTS
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    report.show([copied])
+    assert capsys.readouterr().err == "" and (copied / "report.html").read_text() == whole
 
 
 # ---- in a browser

@@ -193,6 +193,18 @@ def test_tables_keep_their_shape_whatever_is_in_them(rows: list[tuple[str, str, 
         assert len(re.findall(r"(?<!\\)\|", line)) == 4
 
 
+def test_labels_are_what_latex_takes_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the folder's name, and where it is given as a dot."""
+    made = Table("a title", [["a", "b", "c"], ["x", "y", Cell("1")]])
+    for name, label in (("loss-1f", "loss-1f"), ("50% {of} #1 \\x", "50-of-1-x"), ("a_b.c", "a_b.c")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for folder in (Path(tmp_path, name), Path(".")):
+            formats.write(folder, [made, made])
+            found = re.findall(r"\\label\{(.*)\}", (tmp_path / name / "table.tex").read_text())
+            assert found == [f"tab:{label}-1", f"tab:{label}-2"]
+
+
 @pytest.mark.skipif(
     not shutil.which("pdflatex") or subprocess.run(["kpsewhich", "adjustbox.sty"], capture_output=True).returncode != 0,
     reason="no LaTeX with adjustbox here",
@@ -264,6 +276,16 @@ def test_published_numbers_stand_beside_their_method_alone(sweep: collect.Sweep)
     assert summary.published(evolve, "direct", score) == "not published here"
     assert summary.published(refine, "refined", score) == "not published here"
     assert summary.published(evolve, "refined", ("gsm8k", "", "accuracy")) == "not published here"
+    for part, key, value, known in (
+        ("model", "name", "llama31_8b", True),
+        ("model", "name", "smollm2_135m", False),
+        ("filter", "select", "best_random", False),
+        ("filter", "select", "all", False),
+        ("template", "name", "revise", False),
+        ("strategy", "name", "tree", False),
+    ):
+        changed = replace(evolve, config={**evolve.config, part: {**evolve.config[part], key: value}})
+        assert (summary.published(changed, "refined", score) == "50.3 [paper]") == known
 
 
 def test_every_number_leads_to_its_records(sweep: collect.Sweep, folder: Path) -> None:
@@ -407,11 +429,25 @@ def test_comparing_two_members(
     monkeypatch.setattr(sys, "argv", ["compare", *sides])
     assert compare.main() == 0  # the base is the same record in both: nothing differs
     shown = capsys.readouterr().out
-    assert "loss.alpha: 0.0 -> 0.8" in shown and "0.000 ±0.000" in shown
+    assert "loss.alpha: 0.0 -> 0.8" in shown and "same stage" in shown and "±0.000 " not in shown
     [same] = compare.pairs(compare.choose(str(folder)), compare.choose(str(folder)))[:1]
     assert compare.settings(same) == {}
     monkeypatch.setattr(sys, "argv", ["compare", f"{folder}:x", str(folder)])
     assert compare.main() == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stage_is_not_tested_against_itself(sweep: collect.Sweep) -> None:
+    """It is shown as what it is, and what else is tested is not corrected for it."""
+    refine, evolve = sweep.members
+    base, last = evolve.of("refinement")[0], evolve.of("refinement")[-1]
+    other = replace(evolve, measurements=[replace(last, phase="base")])
+    real = (compare.Side(sweep, replace(evolve, measurements=[base])), compare.Side(sweep, other))
+    itself = (compare.Side(sweep, refine), compare.Side(sweep, evolve))  # both after the base, which they share
+    alone, both = compare.table([real]), compare.table([real, itself])
+    assert [row[-3:] for row in both.rows[1 : len(alone.rows)]] == [row[-3:] for row in alone.rows[1:]]
+    assert {tuple(row[-3:]) for row in both.rows[len(alone.rows) :]} == {("same stage", "-", "32")}
+    assert "corrected over 6 of them" in alone.title and "corrected over 6 of them" in both.title
+    assert "corrected over 0 of them" in compare.table([itself]).title
 
 
 def test_who_is_compared_with_nobody_is_said(
@@ -433,6 +469,25 @@ def test_who_is_compared_with_nobody_is_said(
     there = replace(here, member=replace(here.member, measurements=[replace(measured[1], phase="base")]))
     lines = compare.prompts((here, there))  # before and after activation
     assert lines and all(re.fullmatch(r"[+-]\d\.\d{3} mean reward, prompt \S+", line) for line in lines)
+
+
+def test_damaged_answers_are_not_shown(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(folder.parent.parent, tmp_path / "out") / "sweeps" / folder.name
+    for file in copied.parent.parent.glob("store/respond/*/answers.jsonl"):
+        file.write_bytes(file.read_bytes()[::-1])
+    monkeypatch.setattr(sys, "argv", ["compare", f"{folder}:method=evolve", f"{copied}:method=self_refine"])
+    before = compare.choose(f"{folder}:method=evolve")[0]
+    base, *_ = before.member.measurements
+    after = replace(before.member.measurements[-1], phase="base")
+    there = compare.choose(f"{copied}:method=self_refine")[0]
+    pair = (replace(before, member=replace(before.member, measurements=[after])), there)
+    lines = compare.prompts(pair)
+    assert lines and all(line.count("\n") == 2 for line in lines)  # the prompt, and A alone
+    said = capsys.readouterr().err
+    assert f"{base.record['inputs']['answers']}: answers.jsonl is not what was written" in said
+    assert said.count("\n") == 1
 
 
 def test_prompts_of_one_side_alone_are_counted(sweep: collect.Sweep) -> None:

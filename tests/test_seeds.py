@@ -1,5 +1,6 @@
 """Settings that are run several times: what counts as a run, and differences over runs."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from evolve.store import Store
-from sweeps import figures, seeds
+from sweeps import figures, results, seeds, summary
 from sweeps.collect import Measurement, MemberResult, Sweep
 
 PHASES = ("base", "offline", "iteration 1")
@@ -149,6 +150,108 @@ def test_runs_that_share_a_measurement_are_one():
     assert by_phase.rows[1][2:] == ["0.500 (1 run)", "0.500 ±0.000", "0.500 ±0.000"]
 
 
+def test_runs_that_share_a_seed_are_not_independent(tmp_path):
+    """Nine runs of three seeds and three draws of data are one: no interval, no test, and a line that says why."""
+
+    def crossed(loss: str, seeds, data) -> list[MemberResult]:
+        same_model = {"model__path": "weights", "eval__seed": 0}
+        return [
+            member(loss, seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.6 + seed / 10 + of / 100)], data__seed=of, **same_model)
+            for seed in seeds
+            for of in data
+        ]
+
+    grid = Sweep(tmp_path, Store(tmp_path), crossed("both", range(3), range(3)) + crossed("none", range(3), range(3)))
+    [by_phase] = seeds.shown(grid)
+    assert len(seeds.groups(grid)["loss=both"]) == 9 and asked(grid, every_phase=True) == {}
+    row = by_phase.rows[2]
+    assert row[:2] == ["loss=both", "refined"] and [cell.estimate["n"] for cell in row[2:]] == [1] * 3
+    assert row[-1] == "0.710" and len(row[-1].records) == 9
+    assert by_phase.title == (
+        "mean reward, mean over the runs of each setting (seeds); seed and data.seed are crossed, so no two runs are "
+        "independent, and there is no interval or test over runs; 'data.seed=${seed}' sweeps them together"
+    )
+    assert [path.name for path in seeds.write(grid)] == ["means.csv"]
+    assert {one.note for one in figures.write(grid)} == {seeds.crossed(grid)}
+    # With one draw of data for all, or a draw for each, every run is one.
+    for runs in (crossed("both", range(3), [0]), [*crossed("both", [0], [4]), *crossed("both", [1], [5])]):
+        found = asked(sweep(*runs))["self-refinement", "loss=both"].difference
+        assert found.n == len(runs) and seeds.crossed(sweep(*runs)) == ""
+    # Two that share their data are one beside a third; each differs from the other setting's runs of the same seeds.
+    some = [(0, 0), (1, 0), (2, 1)]
+    both, none = ([one for pair in some for one in crossed(loss, pair[:1], pair[1:])] for loss in ("both", "none"))
+    both = [changed(one, gain={"reward": estimate(0.3 if "seed=2" in one.name else 0.1)}) for one in both]
+    made = sweep(*both, *none)
+    [by_phase, _] = seeds.shown(made)
+    assert by_phase.rows[3][-1].startswith("0.200 ±") and by_phase.rows[3][-1].estimate["n"] == 2
+    assert by_phase.title.startswith("mean reward, mean over 2 runs")
+    assert asked(made)["self-refinement", "loss=both"].difference.n == 2
+
+
+def test_the_same_stages_are_not_tested_against_each_other():
+    """A setting that shares all its stages with the first adds no test, which would weaken the others' correction."""
+    runs = [member("both", seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.7 + seed / 100)]) for seed in range(3)]
+    same = [replace(member("same", seed, []), measurements=one.measurements) for seed, one in enumerate(runs)]
+    other = [member("none", seed, [(0.5, 0.5), (0.5, 0.6), (0.5, 0.6 + seed / 90)]) for seed in range(3)]
+    found = {key: row.difference for key, row in asked(sweep(*runs, *same, *other)).items() if key[0].startswith("aga")}
+    assert list(found) == [("against loss=both", "loss=none")]
+    assert found["against loss=both", "loss=none"].p_corrected == found["against loss=both", "loss=none"].p
+
+
+def test_every_number_over_runs_leads_back_to_its_records(tmp_path):
+    members = [member("both", seed, [(0.5, 0.5), (0.5, 0.6), (0.4, 0.7 + seed / 10)]) for seed in range(3)]
+    made = Sweep(tmp_path, Store(tmp_path / "store"), members)
+    means, tests = ([*csv.DictReader(path.open())] for path in seeds.write(made))
+    assert {(line["phase"], line["answers"]) for line in means} == {
+        (phase, kind) for phase in PHASES for kind in ("direct", "refined", "gain")
+    }
+    records = {phase: [one.id for of in members for one in of.measurements if one.phase == phase] for phase in PHASES}
+    for line in means:
+        assert line["records"] == " ".join(records[line["phase"]]) and (line["n"], line["runs"]) == ("3", "3")
+    [last] = [line for line in means if (line["phase"], line["answers"]) == (PHASES[-1], "refined")]
+    assert float(last["value"]) == pytest.approx(0.8) and float(last["low"]) < 0.8 < float(last["high"])
+    sides = {line["question"]: (line["records after"], line["records before"]) for line in tests}
+    last, before, base = (" ".join(records[phase]) for phase in reversed(PHASES))
+    assert sides["self-refinement"] == (last, last) and sides["iterations"] == (last, before)
+    assert sides["self-improvement"] == (last, base) and sides["offline after base"] == (before, base)
+
+
+def judged(one: MemberResult, *won: float) -> MemberResult:
+    """With AlpacaEval's win rates (direct, refined) after the last phase beside the refinement curve."""
+    turns = [{"win_rate": estimate(value)} for value in won]
+    metrics = {"benchmark": "alpaca_eval", "turns": turns, "gain": {"win_rate": estimate(won[1] - won[0])}}
+    made = Measurement(PHASES[-1], f"evaluate/{one.name}-judged", metrics, {"dropped": {}})
+    step = {"phase": PHASES[-1], "kind": "evaluate", "id": made.id, "benchmark": "alpaca_eval"}
+    return replace(one, steps=[*one.steps, step], measurements=[*one.measurements, made])
+
+
+def test_all_benchmarks_stand_over_runs_on_the_screen_and_in_the_summary():
+    """A row for each setting, not for each run."""
+    values = [(0.5, 0.5), (0.5, 0.6), (0.5, 0.7)]
+    both = [judged(member("both", seed, values), 50.0, 60.0 + 10 * seed) for seed in range(3)]
+    none = [judged(member("none", seed, values), 50.0, 40.0 + seed) for seed in range(2)]
+    missing = replace(member("none", 2, values[:2]), missing=[(PHASES[-1], "alpaca_eval"), (PHASES[-1], "refinement")])
+    made = sweep(*both, *none, missing)
+    [whole] = summary.shown(made)
+    won = "alpaca_eval win rate (%)"
+    assert whole.rows[0] == ["answers", "loss", "after", "mean reward", won, f"published {won}"]
+    rows = {tuple(row[:2]): row for row in whole.rows[1:]}
+    assert list(rows) == [(part, loss) for part in summary.PARTS.values() for loss in ("both", "none")]
+    *_, mean, published = rows["refined answers", "both"]
+    assert mean.startswith("70.000 ±") and mean.estimate["n"] == len(mean.records) == 3
+    assert published == "not published here"
+    assert rows["refined answers", "none"][4].startswith("40.500 ±")
+    assert rows["refined answers", "none"][4].endswith("(2 runs)")
+    assert "mean over 3 runs of each setting (seeds), ±: 95 % interval over runs" in whole.title
+    shown = results.first(made)
+    assert [made.title.split(",")[0] for made in shown] == [
+        "mean reward",
+        "differences of mean reward after the last phase",
+        "all benchmarks after the last phase",
+    ]
+    assert won in shown[-1].rows[0] and len(shown[-1].rows) == 1 + 6
+
+
 def test_answers_drawn_again_are_averaged_within_their_run():
     values = [[(0.5, 0.5), (0.5, 0.6), (0.5, 0.7 + seed / 10 + again / 100)] for seed in range(3) for again in range(3)]
     members = [
@@ -214,6 +317,7 @@ def test_figures_draw_settings_over_their_runs(tmp_path, experiment):
     )  # under other names now
     by_phase, by_turn = ("iterations", "figure1") if experiment == "figure1" else (experiment or "iterations", "turns")
     assert drawn.keys() == {f"{by_phase}-reward", f"{by_turn}-reward", "compute-reward"}
+    assert {one.note for one in drawn.values()} == {"bars: 95 % intervals over 3 runs"}
     lines = {mark.series for mark in drawn[f"{by_phase}-reward"].marks}
     assert lines == {f"loss={loss}, {kind}" for loss in ("both", "none") for kind in ("direct", "refined")}
     for name, at in (

@@ -131,6 +131,20 @@ def test_without_spread_signs_are_flipped():
     assert statistics.differences({}) == {}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused_by_name(value):
+    after, before = flat(1.0, 3), flat(0.0, 3)
+    after["1"] = [value]
+    for made in (
+        lambda: statistics.mean(after),
+        lambda: statistics.share(after),
+        lambda: statistics.paired(after, before),
+        lambda: statistics.differences({"gain": (after, before)}),
+    ):
+        with pytest.raises(statistics.NotFinite, match=rf"^1: {value} is no finite number"):
+            made()
+
+
 def test_other_prompts_are_refused():
     table = {"same": (flat(1.0, 3), flat(0.0, 3)), "DPO": (flat(1.0, 4), {**flat(0.0, 2), "x": [1.0], "3": []})}
     with pytest.raises(ValueError, match=r"^DPO: 3 prompts are in one of the two alone \(2, 3, x\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from evolve.config import ROOT
 from evolve.store import seal, unseal
-from sweeps import collect, samples, style, wandb_rows
+from sweeps import collect, figures, samples, style, wandb_log, wandb_rows
 from tests.wandb_server import serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # nobody's
@@ -285,6 +287,40 @@ def test_resumed_sweep_goes_on_in_the_same_runs(folder: Path, tmp_path: Path) ->
         assert [row["_step"] for row in rows] == list(range(len(rows)))
         known = [row for row in whole[wandb_rows.member_id(one)] if "samples" not in row]
         assert [numbers(row) for row in rows if "samples" not in row] == [numbers(row) for row in known]
+
+
+def test_what_is_damaged_is_not_told(folder: Path, tmp_path: Path) -> None:
+    """In a line of each file, and nothing else is lost."""
+    copied = shutil.copytree(folder.parent.parent, tmp_path / "out") / "sweeps" / folder.name
+    shutil.rmtree(copied / "wandb")
+    damaged = list(copied.parent.parent.glob("store/activate/*/steps.jsonl"))
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[::-1])
+    for words in (["sweeps.workspace", str(copied), "--dry-run"], ["sweeps.wandb_log", str(copied)]):
+        command = [sys.executable, "-m", *words]
+        environment = {**os.environ, "WANDB_API_KEY": KEY}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("\n") == done.stderr.count("steps.jsonl is not what was written") == len(damaged) > 0
+    rows = [row for one in members(copied) for row in one["rows"]]
+    assert not [row for row in rows if "activate/loss" in row] and [row for row in rows if "reward/refined" in row]
+
+
+@pytest.mark.parametrize("module", ["wandb_log", "workspace"])
+def test_what_cannot_be_written_is_one_line(
+    folder: Path, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = importlib.import_module(f"sweeps.{module}")
+    monkeypatch.setattr(figures, "write", full)
+    monkeypatch.setattr(wandb_log, "pending", lambda sweep: [(sweep.members[0], sweep.members[0].measurements)])
+    monkeypatch.setattr(wandb_log, "_run", full)
+    monkeypatch.setattr(sys, "argv", [module, str(folder), *(["--dry-run"] if module == "workspace" else [])])
+    assert command.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "No space left on device" in said and said.count("\n") == 1
 
 
 def test_lost_marker_continues_the_same_run(folder: Path, tmp_path: Path) -> None:

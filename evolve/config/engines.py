@@ -11,6 +11,13 @@ from pydantic import Field, model_validator
 
 from evolve.config.section import RUNTIME, Count, Positive, Rate, Section
 
+# In a command: an option or a variable that holds a key (--api-key, HF_TOKEN=), a header, or a key by its form.
+SECRET = re.compile(
+    r"(?<![\w/-])-{0,2}(?:[^\W_]+[-_])*(?:api[-_]?key|token|secret|password)(?=[\s=:'\"]|$)"
+    r"|authorization|bearer(?=\s)|(?<!\w)(?:sk-|hf_)(?=\w)",
+    re.IGNORECASE,
+)
+
 
 class HF(Section):
     """transformers' generate."""
@@ -106,6 +113,11 @@ def check_server(section: str, url: str | None, serve: str | None, key: str) -> 
             raise ValueError(f"{section}.url: holds more than an address; a key is in the variable {section}.key names")
     else:
         assert serve is not None
+        if found := SECRET.search(serve):  # the command itself isn't shown: it holds the key
+            raise ValueError(
+                f"{section}.serve: looks as if it held a key ({found[0]}), which records and logs would show; give it "
+                f"to the server in an environment variable (vLLM reads VLLM_API_KEY), and name that in {section}.key"
+            )
         try:
             words = shlex.split(serve)
         except ValueError as error:

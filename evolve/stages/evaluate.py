@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from evals.games import Replies, Reply
+from evals.statistics import NotFinite
 from evolve.config import RUNTIME, Strategy
 from evolve.stages import Context, read_rows
 from evolve.store import Report, StageConfig
@@ -50,7 +52,15 @@ def run(config: Config, inputs: Mapping[str, Path], out: Path, context: Context)
         given |= {"replies": _replies(inputs["verdicts"]), "judge": config.judge}
     if "best_verdicts" in inputs:
         given["best_replies"] = _replies(inputs["best_verdicts"])
-    measured = benchmark.measure(protocol=config.protocol, **given)
+    try:
+        measured = benchmark.measure(protocol=config.protocol, **given)
+    except NotFinite as error:
+        raise ValueError(f"{config.benchmark}: prompt {error}") from None
+    for kind, metrics in measured.items.items():
+        for metric, by_prompt in metrics.items():
+            for prompt, value in by_prompt.items():
+                if not math.isfinite(value):  # no test could be made of it
+                    raise ValueError(f"{config.benchmark}: prompt {prompt}: {metric}, {kind}, is {value}")
     (out / "metrics.json").write_text(json.dumps(measured.metrics | {"judge": config.judge}, indent=1) + "\n")
     (out / "items.json").write_text(json.dumps(measured.items) + "\n")
     if measured.records:
