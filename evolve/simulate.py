@@ -214,7 +214,7 @@ def machines(partitions: Collection[str | None]) -> list[Amounts]:
     """Those of partitions (None: the site's default one) that are in order; none where there is no Slurm."""
     command = ["sinfo", "--noheader", "--Node", "--states=idle,alloc,mix,comp", "--format=%N|%P|%c|%m|%G"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     found: dict[str, Amounts] = {}

@@ -101,7 +101,8 @@ def _slurm(command: Sequence[str], patience: float = 60) -> str:
     deadline = time.monotonic() + patience
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            # Comments are of anybody's jobs, and may hold anything.
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
         except FileNotFoundError:
             raise ConfigError(f"hydra/launcher=slurm: there is no {command[0]} here; run this where Slurm is") from None
         except subprocess.TimeoutExpired:  # it may have been heard all the same, so it is not said twice
