@@ -34,14 +34,11 @@ def cancel(folder: Path, every: bool) -> tuple[int, int]:
 def main() -> int:
     """The exit status: 0 done, 2 no such sweep, or Slurm can't be asked."""
     parser = argparse.ArgumentParser(prog="python -m evolve.cancel", description="Stops a sweep's jobs under Slurm.")
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("outputs"), help="a sweep's folder, or an output: its newest"
-    )
+    states.add_folder(parser)
     parser.add_argument("--all", action="store_true", help="also jobs whose results other sweeps wait for")
     given = parser.parse_args()
     try:
-        folder = given.folder if (given.folder / "sweep.json").exists() else states.newest(given.folder)
-        kept, stopped = cancel(folder, given.all)
+        kept, stopped = cancel(states.named(given.folder), given.all)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,15 +16,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from evolve import devices, jobs
+from evolve import devices, jobs, slurm
 from evolve.config import ConfigError, Node
 from evolve.jobs import Job
+from evolve.slurm import LAST
 from evolve.store import Stage
 
 if TYPE_CHECKING:
     from evolve.launch import Planned
 
-LAST = 50  # jobs that the one which submits what is left waits for (slurm.py)
 Amounts = tuple[int, int, int]  # GPUs, CPUs, MiB
 
 
@@ -268,8 +268,6 @@ def cluster(planned: Planned) -> Outlook:
 
     Raises ConfigError; where the partition's machines can't run it as they are now, that is a warning of the plan's.
     """
-    from evolve import slurm
-
     resources = planned.config.resources
     slurm.check(resources)
     assert resources.slurm is not None

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # it names the limit, the name counts.
 FULL = re.compile(r"temporarily unable to accept job|temporarily unavailable|job submit limit", re.IGNORECASE)
 LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+")
+LAST = 50  # jobs that the one which submits what is left waits for
 TIMEOUTS = 10**6  # of submitit's: how many are too many is said by slurm_job.py, which sees what each achieved
 
 
@@ -402,7 +403,7 @@ def _leave(
         submitted = [stage.id for job in todo if job.key in made.jobs for stage in job.stages]
         plan.with_suffix(".new").write_text("\n".join([*tried, *submitted]) + "\n")
         plan.with_suffix(".new").rename(plan.with_suffix(".tried"))
-        waits = [*before, *made.jobs.values()][-50:]
+        waits = [*before, *made.jobs.values()][-LAST:]
         options = {
             **parameters(small, resources),
             "job_name": "evolve-rest",

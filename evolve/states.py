@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections import Counter
@@ -84,6 +85,17 @@ def newest(output: Path) -> Path:
     if not found:
         raise ConfigError(f"{output}: no sweep there; name its folder, or the output that it was started with")
     return found[-1].parent
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """The argument that `named` takes."""
+    what = "a sweep's folder, or an output: its newest"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help=what)
+
+
+def named(folder: Path) -> Path:
+    """The sweep's folder that a person means: this one, or an output's newest. Raises ConfigError."""
+    return folder if (folder / "sweep.json").exists() else newest(folder)
 
 
 def submitted(folder: Path) -> dict[str, tuple[str, str]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from evolve import states
 from evolve.config import ConfigError
 from evolve.show import console, duration
-from evolve.states import INSIDE, State, View, load, look, newest
+from evolve.states import INSIDE, State, View, load, look
 
 STYLE = {  # the first of a member's states is what its table says
     "failed": "bold red",
@@ -140,9 +141,7 @@ def watch(folder: Path, every: float = 5.0) -> View:
 def main() -> int:
     """The exit status: 0 all is done or on its way, 1 something failed or is missing, 2 no such sweep."""
     parser = argparse.ArgumentParser(prog="python -m evolve.status", description="How a sweep stands.")
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("outputs"), help="a sweep's folder, or an output: its newest"
-    )
+    states.add_folder(parser)
     parser.add_argument("--watch", action="store_true", help="stay until nothing waits or runs")
     parser.add_argument("--stages", action="store_true", help="every stage: its state, job, time and log")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
@@ -150,7 +149,7 @@ def main() -> int:
     if given.watch and given.json:
         parser.error("--watch shows tables as things change; --json says it once: take one of them")
     try:
-        folder = given.folder if (given.folder / "sweep.json").exists() else newest(given.folder)
+        folder = states.named(given.folder)
         view = watch(folder) if given.watch else look(load(folder))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
