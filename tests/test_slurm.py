@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import load
 
-from evolve import launch, simulate, slurm
-from evolve.store import Store
+from evolve import cancel, launch, simulate, slurm, states
+from evolve.config import ConfigError
+from evolve.store import Store, seal
 
 Script = Callable[..., None]
 
@@ -64,3 +66,50 @@ def test_partitions_may_be_named_several_at_a_time(script):
     script("sinfo", "printf 'n1|a|4|100|gpu:2\\nn2|b*|4|100|gpu:1\\nn3|c|4|100|gpu:4\\n'")
     assert simulate.machines({"a,b"}) == [(2, 4, 100), (1, 4, 100)]
     assert simulate.machines({"c,a", None}) == [(2, 4, 100), (1, 4, 100), (4, 4, 100)]
+
+
+def sweep(out: Path, name: str, **jobs: tuple[str, str]) -> Path:
+    """The folder of a sweep that has submitted jobs: (key, Slurm's id) by stage."""
+    folder = out / "sweeps" / name
+    folder.mkdir(parents=True)
+    needs = {f"score/{stage}": [] for stage in jobs}
+    members = [{"name": name, "steps": [{"phase": "base", "id": stage} for stage in needs]}]
+    (folder / "sweep.json").write_text(seal({"store": "../../store", "needs": needs, "members": members}))
+    if jobs:
+        slurm.note(folder, stages={f"score/{stage}": job for stage, job in jobs.items()})
+    return folder
+
+
+def queue(script: Script, store: Store, *jobs: str) -> None:
+    """What squeue says: jobs as 'id|state|user|key'."""
+    said = [line.split("|") for line in jobs]
+    lines = "".join(
+        f"{number}|{state}|None|{user}|evolve:{slurm.tag(store)}:{key}\n" for number, state, user, key in said
+    )
+    script("squeue", f"cat <<'END'\n{lines}END")
+
+
+def test_cancel_leaves_other_users_jobs(script, tmp_path, capsys, monkeypatch):
+    me, other = os.getuid(), os.getuid() + 1
+    folder = sweep(tmp_path, "one", a=("mine", "1"), b=("theirs", "2"), c=("wanted", "3"))
+    sweep(tmp_path, "two", c=("wanted", "3"))
+    store = Store(tmp_path / "store")
+    rest = f"4|PENDING|{other}|{slurm.rest(folder)}"
+    queue(script, store, f"1|RUNNING|{me}|mine", f"2|RUNNING|{other}|theirs", f"3|RUNNING|{other}|wanted", rest)
+    script("scancel", 'case "$*" in *2*|*4*) echo "Access/permission denied" >&2; exit 1;; esac')
+    monkeypatch.setattr(sys, "argv", ["cancel", str(folder)])
+    assert cancel.main() == 0
+    said = "1 jobs stopped; 1 go on, for other sweeps (--all stops them too); 2 go on, which are other users'\n"
+    assert capsys.readouterr().out == said
+    assert calls(tmp_path, "scancel") == ["1"]
+
+
+def test_a_sweep_is_cancelled_though_slurm_says_no(script, tmp_path):
+    """So that another sweep's cancel ends what both wanted."""
+    folder = sweep(tmp_path, "one", a=("key", "1"))
+    queue(script, Store(tmp_path / "store"), f"1|RUNNING|{os.getuid()}|key")
+    script("scancel", "echo 'scancel: error: no' >&2; exit 1")
+    assert states.wanted(folder) == {("key", "1")}
+    with pytest.raises(ConfigError, match="scancel: error: no"):
+        cancel.cancel(folder, every=False)
+    assert states.wanted(folder) == set()
