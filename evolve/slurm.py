@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 FULL = re.compile(r"temporarily unable to accept job|temporarily unavailable|job submit limit", re.IGNORECASE)
 LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+")
 LAST = 50  # jobs that the one which submits what is left waits for
+# What tells a job to go would end it, as a failure, until Python has its handlers; who is not heard is ended by Slurm.
+DEAF = """sh -c 'trap "" USR2 TERM; exec "$@"' sh"""
 TIMEOUTS = 10**6  # of submitit's: how many are too many is said by slurm_job.py, which sees what each achieved
 
 
@@ -342,8 +344,9 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
     from submitit.core.utils import FailedJobError
 
     assert resources.slurm is not None
+    python = f"{DEAF} {resources.slurm.python or shlex.quote(sys.executable)}"
     try:
-        executor = submitit.SlurmExecutor(where, max_num_timeout=TIMEOUTS, python=resources.slurm.python)
+        executor = submitit.SlurmExecutor(where, max_num_timeout=TIMEOUTS, python=python)
     except RuntimeError:
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_a_preempted_job_does_not_sit_out_its_grace(sweep, cluster):
         assert not said(slurm, "failed")
     finally:
         cluster.run("scontrol", "update", "PartitionName=low", f"GraceTime={cluster.grace}")
+
+
+def test_a_job_told_to_go_before_it_has_begun_does_not_fail(sweep, cluster, tmp_path):
+    """Importing from a cold disk takes a while: meanwhile neither signal has a handler."""
+    python, began, go = tmp_path / "python", tmp_path / "began", tmp_path / "go"
+    wait = f"touch {began}; until [ -e {go} ]; do sleep .1; done"
+    python.write_text(f'#!/bin/sh\n{wait}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    slurm = sweep(*ANSWERS, resources__slurm__python=python)
+    slurm.submit()
+    cluster.wait_until(began.exists, PATIENCE)
+    [job] = [job for job in cluster.queue() if job.state == "RUNNING"]
+    for number in ("USR2", "TERM"):
+        cluster.run("scancel", f"--signal={number}", job.id)
+    time.sleep(2)
+    go.touch()
+    slurm.wait()
+    slurm.check()
+    assert not said(slurm, "back")
 
 
 def test_a_job_told_to_go_while_the_controller_is_away_goes_back_all_the_same(sweep, cluster):
