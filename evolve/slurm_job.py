@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def _tell(number: int, frame: Any) -> None:
     raise Told
 
 
+@contextlib.contextmanager
+def spared() -> Iterator[None]:
+    """For what a job says of itself: where that can't be written, as on a full disk, a line on stderr has to do."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"the job goes on, and this is not written: {error}", file=sys.stderr, flush=True)
+
+
 class Events:
     """What happens in a job, a line each, and how far its stage is: what status shows."""
 
@@ -49,8 +60,10 @@ class Events:
     def add(self, event: str, **about: Any) -> None:
         job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         line = {"time": round(time.time(), 1), "event": event, "job": job, "restarts": restarts, **about}
-        append(self.folder / "events.jsonl", line)
-        print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
+        with spared():
+            append(self.folder / "events.jsonl", line)
+        with spared():
+            print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
 
     # what launch.run tells whoever watches
 
@@ -61,7 +74,8 @@ class Events:
         if time.monotonic() - self._shown > 5 or news.done == news.total:
             self._shown = time.monotonic()
             content = {"stage": stage.id, "done": news.done, "total": news.total, "time": time.time()}
-            replace(self.folder / "progress.json", seal(content))
+            with spared():
+                replace(self.folder / "progress.json", seal(content))
 
     def held(self, stage: Stage) -> None:
         self.add("held", stage=stage.id)
@@ -160,8 +174,20 @@ class Run:
 
     def _stuck(self) -> bool:
         """Whether nothing was finished or kept since the job was last told to go, several times in a row."""
-        store, job = self.setting.store, os.environ.get("SLURM_JOB_ID", "")
-        kept = []
+        job, times = os.environ.get("SLURM_JOB_ID", ""), 0
+        path = self.folder / "requeues.json"
+        with spared():
+            kept = self._kept()
+            seen: dict[str, Any] = {}
+            with contextlib.suppress(FileNotFoundError, Corrupt):
+                seen = unseal(path.read_bytes())
+            times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
+            replace(path, seal({"kept": kept, "job": job, "times": times}))
+        return bool(times >= PATIENCE)
+
+    def _kept(self) -> list[list[str]]:
+        """What each stage has finished, or can go on from."""
+        store, kept = self.setting.store, []
         for stage in self.stages:
             files = []
             for file in sorted(store.partial(stage.id).rglob("*")):
@@ -169,13 +195,7 @@ class Run:
                     files.append(f"{file} {file.stat().st_mtime_ns}")
             replies = sum(1 for _ in store.judgments.rglob("*")) if stage.kind == "compare" else 0
             kept.append([str(store.record(stage) is not None), str(replies), *files])
-        path = self.folder / "requeues.json"
-        seen: dict[str, Any] = {}
-        with contextlib.suppress(FileNotFoundError, Corrupt):
-            seen = unseal(path.read_bytes())
-        times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
-        replace(path, seal({"kept": kept, "job": job, "times": times}))
-        return bool(times >= PATIENCE)
+        return kept
 
 
 @dataclass

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import load
 
 from evolve import cancel, launch, simulate, slurm, states
-from evolve.config import ConfigError
-from evolve.store import Store, seal
+from evolve.config import ConfigError, Resources, Slurm
+from evolve.slurm_job import Run
+from evolve.stages import data
+from evolve.store import Source, Stage, Store, seal
+from evolve.workers import Setting
 
 Script = Callable[..., None]
 
@@ -113,3 +117,32 @@ def test_a_sweep_is_cancelled_though_slurm_says_no(script, tmp_path):
     with pytest.raises(ConfigError, match="scancel: error: no"):
         cancel.cancel(folder, every=False)
     assert states.wanted(folder) == set()
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """A job's handlers are not this process's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Run:
+    """Of one stage of seconds, in this process."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    rows = {"pool": "eval", "start": 0, "count": 8, "reserve": 8, "tail": 0, "seed": 0, "split": "train"}
+    config = data.Config(**rows, eval_split=None, max_characters=None)
+    made = Stage("data", data.VERSION, config, {"data": Source("data", "embedded", "embedded")})
+    resources = Resources(workers=1, threads=1, device="cpu", retries=0, lease_timeout=60, slurm=Slurm())
+    return Run((made,), Setting(Store(tmp_path / "store"), resources, folder, {}), folder)
+
+
+def test_a_job_that_can_say_nothing_goes_back_all_the_same(script, tmp_path, monkeypatch, capsys, signals):
+    """Its folder can't be written to, as on a full disk."""
+    script("scontrol")
+    run = job(tmp_path, monkeypatch, tmp_path / "gone")
+    with pytest.raises(SystemExit):
+        run.checkpoint()
+    assert calls(tmp_path, "scontrol")[-1] == "requeue 7"
+    assert "this is not written: [Errno 2]" in capsys.readouterr().err
