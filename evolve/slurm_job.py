@@ -12,24 +12,27 @@ A job that comes back finds in the store what it finished. `events.jsonl` in its
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evolve import snapshot
+from evolve.config.resources import EARLY
 from evolve.store import Corrupt, Stage, append, replace, seal, unseal
 from evolve.workers import Outcome, Progress, Setting, Workers
 
 REFUSED = ("presently disabled", "permission denied")  # what scontrol says where asking again is of no use
-PATIENCE = 3  # time-outs in a row without any progress after which a job has failed
+PATIENCE = 3  # time limits in a row without any progress after which a job has failed
 
 
 class Told(BaseException):
@@ -135,16 +138,11 @@ class Run:
                 time.sleep(2)  # it may have been this job's end that its worker heard of first
                 raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
         except launch.Busy as held:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.pool.close()
-            events.add("back", message=f"{held} is being made by another process")
-            requeue()
-            sys.exit(1)
+            self._stop()
+            go_back(events, f"{held} is being made by another process")
         except Told:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.pool.close()
+            self._stop()
             leave(events)
-            sys.exit(1)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done
         events.add("end")
 
@@ -153,27 +151,33 @@ class Run:
 
         Raises SystemExit once it is there: submitit would ask Slurm but once, and fail where there is no answer.
         """
-        deaf()
-        events = Events(self.folder)
-        if self.pool is not None:
-            self.pool.close()
-        if self._stuck():
+        self._stop()
+        events, said, slurm = Events(self.folder), known(), self.setting.resources.slurm
+        assert slurm is not None
+        at_limit = not preempted(said) and left(said) <= slurm.signal_seconds + 2 * EARLY
+        if at_limit and self._stuck():
             message = (
-                f"was told to go {PATIENCE} times and had kept nothing new since the time before; it needs more "
-                "resources.slurm.needs.*.minutes, or, if it trains, fewer trainer.checkpoint_minutes"
+                f"came to its time limit {PATIENCE} times and had kept nothing new since the time before; it needs "
+                "more resources.slurm.needs.*.minutes, or, if it trains, fewer trainer.checkpoint_minutes"
             )
             events.add("failed", stage=self._next(), message=message)
             return
-        events.add("back", message="told to go: time limit or preemption")
-        requeue()
-        sys.exit(1)
+        if not said:
+            go_back(events, "told to go: time limit or preemption")
+        why = "preemption" if preempted(said) else "time limit" if at_limit else "SIGUSR2, not by Slurm"
+        go_back(events, f"told to go: {why}")
+
+    def _stop(self) -> None:
+        deaf()
+        if self.pool is not None:
+            self.pool.close()
 
     def _next(self) -> str:
         store = self.setting.store
         return next((stage.id for stage in self.stages if store.record(stage) is None), self.stages[-1].id)
 
     def _stuck(self) -> bool:
-        """Whether nothing was finished or kept since the job was last told to go, several times in a row."""
+        """Whether nothing was finished or kept since the job last came to its time limit, several times in a row."""
         job, times = os.environ.get("SLURM_JOB_ID", ""), 0
         path = self.folder / "requeues.json"
         with spared():
@@ -216,15 +220,10 @@ class Rest:
         except ConfigError as error:
             why = str(error)
         if why:
-            deaf()
-            Events(self.plan.parent).add("back", message=why)
-            requeue()
-            sys.exit(1)
+            go_back(Events(self.plan.parent), why)
 
     def checkpoint(self) -> None:
-        deaf()
-        requeue()
-        sys.exit(1)
+        go_back(Events(self.plan.parent), "told to go")
 
 
 def deaf() -> None:
@@ -243,7 +242,34 @@ def number() -> str:
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{share}" if share else os.environ["SLURM_JOB_ID"]
 
 
-def leave(events: Events) -> None:
+def known() -> dict[str, str]:
+    """What Slurm knows of this job; nothing where it doesn't answer."""
+    command = ["scontrol", "--oneliner", "show", "job", number()]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        return {}
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def preempted(said: Mapping[str, str]) -> bool:
+    return said.get("PreemptTime", "None") != "None"
+
+
+def left(said: Mapping[str, str]) -> float:
+    """Seconds until a job's time limit; NaN where it has none, or nothing is known of it."""
+    return _seconds(said.get("TimeLimit", "")) - _seconds(said.get("RunTime", ""))
+
+
+def _seconds(text: str) -> float:
+    """'1-00:00:10' -> 86410; NaN for what is no such time, as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return math.nan
+    return sum(int(part or 0) * of for part, of in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+
+
+def leave(events: Events) -> NoReturn:
     """Ends a job that got SIGTERM: at once where Slurm has decided on it already, and else when Slurm ends it.
 
     Slurm preempts with a grace period, in which the job counts as running: it goes back by itself, and holds nothing.
@@ -252,25 +278,28 @@ def leave(events: Events) -> None:
     """
     deadline = time.monotonic() + 60
     while True:
-        command = ["scontrol", "--oneliner", "show", "job", number()]
-        shown = subprocess.run(command, capture_output=True, text=True).stdout
-        said = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        said = known()
         if said and said["JobState"] != "RUNNING":
             events.add("ended", message=f"told to go: {said['JobState'].lower()}")
-            return
-        preempted = said.get("PreemptTime", "None") != "None"
-        if preempted or (said and time.monotonic() > deadline):
-            events.add("back", message=f"told to go: {'preemption' if preempted else 'SIGTERM, not by Slurm'}")
-            requeue()
-            return
+            sys.exit(1)
+        if preempted(said) or (said and time.monotonic() > deadline):
+            go_back(events, f"told to go: {'preemption' if preempted(said) else 'SIGTERM, not by Slurm'}")
         time.sleep(2)  # to end by itself now would be a failure, and what needs this job would be cancelled
 
 
-def requeue() -> None:
-    """Back into the queue; how the job ends then no longer counts. SIGTERM is ignored by now, as scontrol then does.
+def go_back(events: Events, why: str) -> NoReturn:
+    """Ends this process with its job back in the queue; how it ends then no longer counts.
 
     Raises RuntimeError where Slurm refuses for good: the job fails, and the same command submits it again.
     """
+    deaf()
+    events.add("back", message=why)
+    requeue()
+    sys.exit(1)
+
+
+def requeue() -> None:
+    """Raises RuntimeError where Slurm refuses for good."""
     while True:
         done = subprocess.run(["scontrol", "requeue", number()], capture_output=True, text=True)
         if not done.returncode:

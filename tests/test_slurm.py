@@ -13,9 +13,9 @@ from conftest import load
 
 from evolve import cancel, launch, simulate, slurm, states
 from evolve.config import ConfigError, Resources, Slurm
-from evolve.slurm_job import Run
+from evolve.slurm_job import PATIENCE, Run
 from evolve.stages import data
-from evolve.store import Source, Stage, Store, seal
+from evolve.store import Source, Stage, Store, lines, seal
 from evolve.workers import Setting
 
 Script = Callable[..., None]
@@ -146,3 +146,34 @@ def test_a_job_that_can_say_nothing_goes_back_all_the_same(script, tmp_path, mon
         run.checkpoint()
     assert calls(tmp_path, "scontrol")[-1] == "requeue 7"
     assert "this is not written: [Errno 2]" in capsys.readouterr().err
+
+
+def said(folder: Path, event: str) -> list[str]:
+    """The messages of such events of a job."""
+    return [line["message"] for line in lines(folder / "events.jsonl") if line["event"] == event]
+
+
+@pytest.mark.parametrize(
+    "known, why",
+    [
+        ("RunTime=01:02:03 TimeLimit=1-04:00:00 PreemptTime=None", "SIGUSR2, not by Slurm"),
+        ("RunTime=1-03:58:00 TimeLimit=1-04:00:00 PreemptTime=2026-01-01T00:00:00", "preemption"),
+        ("RunTime=1-03:58:00 TimeLimit=UNLIMITED PreemptTime=None", "SIGUSR2, not by Slurm"),
+        ("", "time limit or preemption"),
+    ],
+    ids=["early", "preempted", "no limit", "no answer"],
+)
+def test_only_time_limits_without_progress_are_a_failure(script, tmp_path, monkeypatch, signals, known, why):
+    run = job(tmp_path, monkeypatch, tmp_path)
+    script("scontrol", f'[ "$1" = requeue ] || echo "JobId=7 JobState=RUNNING {known}" | grep RunTime')
+    for _ in range(PATIENCE + 1):
+        with pytest.raises(SystemExit):
+            run.checkpoint()
+    assert said(tmp_path, "back") == [f"told to go: {why}"] * (PATIENCE + 1) and not said(tmp_path, "failed")
+    script("scontrol", "echo JobId=7 JobState=RUNNING RunTime=1-03:58:00 TimeLimit=1-04:00:00 PreemptTime=None")
+    for _ in range(PATIENCE - 1):
+        with pytest.raises(SystemExit):
+            run.checkpoint()
+    run.checkpoint()  # which submitit takes for a failure
+    assert said(tmp_path, "back")[-1] == "told to go: time limit"
+    assert ["time limit 3 times" in message for message in said(tmp_path, "failed")] == [True]
