@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evolve import snapshot
+from evolve.config import ConfigError
 from evolve.config.resources import EARLY
 from evolve.store import Corrupt, Stage, append, replace, seal, unseal
 from evolve.workers import Outcome, Progress, Setting, Workers
@@ -204,23 +205,27 @@ class Run:
 
 @dataclass
 class Rest:
-    """Submits what a site's limits left over of a plan."""
+    """Submits what a site's limits left over of a plan; goes back into the queue as long as there is no room."""
 
     plan: Path
 
     def __call__(self) -> None:
         from evolve import slurm
-        from evolve.config import ConfigError
 
         snapshot.hold()
+        events = Events(self.plan.parent)
+        events.add("start", node=socket.gethostname())
         try:
             made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
-            print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
-            why = "" if made.rest or not made.left else "no room in the queue"
-        except ConfigError as error:
-            why = str(error)
-        if why:
-            go_back(Events(self.plan.parent), why)
+        except slurm.NotNow as error:
+            go_back(events, str(error))
+        except Exception as error:
+            message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            events.add("failed", message=message)
+            raise
+        print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
+        if made.left and not made.rest:
+            go_back(events, "no room in the queue")
 
     def checkpoint(self) -> None:
         go_back(Events(self.plan.parent), "told to go")

@@ -178,7 +178,7 @@ def look(sweep: Sweep) -> View:
                 _queued(sweep.store, stage, key, queue, words)
                 or _held(sweep.store, stage)
                 or _left(queue.get(rest), said[rest], number, words)
-                or _ended(view, stage, key, number, words)
+                or _ended(view, stage, key, number, words, said[rest])
             )
             logs = slurm.folder(sweep.store, key) if key else sweep.folder / "logs"
             log = logs / f"{stage.replace('/', '-')}.log"
@@ -249,19 +249,26 @@ def _left(rest: Queued | None, why: Said, number: str | None, said: Said) -> Sta
     return State("waiting", rest.id, message=why.back if why.back and why.job == rest.id else ROOM)
 
 
-def _ended(view: View, stage: str, key: str, number: str | None, said: Said) -> State:
-    """Of a stage that nothing is known to make: why."""
+def _ended(view: View, stage: str, key: str, number: str | None, said: Said, rest: Said) -> State:
+    """Of a stage that nothing is known to make: why. rest: what the job said that was to submit what is left."""
     if said.job == number and (message := said.failed.get(stage)):
         return State("failed", number, message=message)
     for need in view.sweep.needs[stage]:
         if need in view.states and view.states[need].state in ("failed", "blocked", "missing"):
             return State("blocked", number, message=f"needs {need}")
+    store = view.sweep.store
     if number is None:
-        return State("missing")
+        why = rest.failed.get("")  # no stage of its own, but all that it was to submit
+        log = _output(slurm.folder(store, slurm.rest(view.sweep.folder)), rest.job)
+        return State("failed", rest.job, log, f"not submitted: {why}") if why else State("missing")
     if view.away:
         return State("unknown", number)
     if said.job == number:
         return State("missing", number, message="its job ended without a word: cancelled, or killed")
     why = "its job ended before it began: cancelled, or Python did not start there; do nodes share this disk?"
-    outs = sorted(slurm.folder(view.sweep.store, key).glob(f"{number}_*log.out"))
-    return State("missing", number, str(outs[-1]) if outs else None, why)
+    return State("missing", number, _output(slurm.folder(store, key), number), why)
+
+
+def _output(folder: Path, number: str | None) -> str | None:
+    """Where what a job printed is."""
+    return next(map(str, sorted(folder.glob(f"{number}_*log.out"), reverse=True)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import load
 
-from evolve import cancel, launch, simulate, slurm, states
+from evolve import cancel, launch, simulate, slurm, states, status
 from evolve.config import ConfigError, Resources, Slurm
-from evolve.slurm_job import PATIENCE, Run
+from evolve.slurm_job import PATIENCE, Rest, Run
 from evolve.stages import data
 from evolve.store import Source, Stage, Store, lines, seal
 from evolve.workers import Setting
@@ -177,3 +178,68 @@ def test_only_time_limits_without_progress_are_a_failure(script, tmp_path, monke
     run.checkpoint()  # which submitit takes for a failure
     assert said(tmp_path, "back")[-1] == "told to go: time limit"
     assert ["time limit 3 times" in message for message in said(tmp_path, "failed")] == [True]
+
+
+TWO = ["debug=fast", "data.eval_prompts=8", "eval.turns=1", "loss=none", "loss.pt=none", "loss.sft_direct=0"]
+
+
+@pytest.fixture
+def left_over(script, tmp_path, monkeypatch) -> tuple[launch.Planned, Rest]:
+    """A plan of two jobs, of which none is submitted, and what is to submit them; the queue is empty."""
+    words = [*TWO, f"output={tmp_path}", "resources=slurm", "wandb.mode=disabled"]
+    members = [[*words, f"data.seed={seed}"] for seed in (1, 2)]
+    planned = launch.plan_members([load(*member) for member in members], [[f"data.seed={seed}"] for seed in (1, 2)])
+    launch.write_sweep(planned)
+    where = slurm.folder(planned.store, slurm.rest(planned.folder))
+    where.mkdir(parents=True)
+    plan = where / "plan.pkl"
+    plan.write_bytes(pickle.dumps(planned))
+    plan.with_suffix(".tried").write_text("")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for command in ("squeue", "srun", "scontrol"):
+        script(command)
+    return planned, Rest(plan)
+
+
+def takes(script: Script, tmp_path: Path, refusal: str) -> None:
+    """sbatch takes one job, and refuses those after it."""
+    first = f"[ -e {tmp_path}/one ] || {{ touch {tmp_path}/one; echo Submitted batch job 1; exit 0; }}"
+    script("sbatch", f"{first}\necho 'sbatch: error: {refusal}' >&2\nexit 1")
+
+
+def test_what_slurm_refuses_for_good_is_a_failure_of_what_submits_the_rest(script, tmp_path, left_over, capsys):
+    """It ends; and what it has submitted, and has failed since, it submits no second time."""
+    planned, rest = left_over
+    takes(script, tmp_path, "Batch job submission failed: Invalid account or account/partition combination specified")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="Invalid account"):
+            rest()
+    assert calls(tmp_path, "scontrol") == []
+    submitted = states.submitted(planned.folder)
+    assert {number for _, number in submitted.values()} == {"1"}
+    assert set(rest.plan.with_suffix(".tried").read_text().split()) == submitted.keys()
+    assert len(calls(tmp_path, "sbatch")) == 3
+    view = status.watch(planned.folder, every=0.1)
+    found = {stage: one for stage, one in view.states.items() if stage not in submitted and one.state == "failed"}
+    assert found and all("not submitted: sbatch: error" in one.message and one.job == "7" for one in found.values())
+    assert "Invalid account" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Batch job submission failed: Socket timed out on send/recv operation",
+        "(job submit limit) QOSMaxSubmitJobPerUser",
+    ],
+)
+def test_what_may_go_well_later_is_tried_again(script, tmp_path, left_over, signals, refusal):
+    """And what was submitted before that is not: the second time nothing of it is left to do."""
+    planned, rest = left_over
+    takes(script, tmp_path, refusal)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            rest()
+    assert calls(tmp_path, "scontrol") == ["requeue 7"] * 2
+    assert set(rest.plan.with_suffix(".tried").read_text().split()) == states.submitted(planned.folder).keys()
+    assert {number for _, number in states.submitted(planned.folder).values()} == {"1"}
+    assert not said(rest.plan.parent, "failed")
