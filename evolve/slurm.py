@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from evolve import jobs, snapshot
 from evolve.config import ConfigError, Resources
 from evolve.jobs import Job
-from evolve.store import Corrupt, Lease, Stage, Store, append, digest, seal, unseal
+from evolve.store import Corrupt, Lease, Stage, Store, append, digest, refresh, seal, unseal
 from evolve.store import replace as replace_file
 
 if TYPE_CHECKING:
@@ -271,14 +271,16 @@ def _whole(store: Store, there: Mapping[str, Queued]) -> dict[str, Queued]:
     That is jobs that have nothing to run, as submitit puts it into its place once sbatch has returned; and shares that
     no job follows.
     """
-    for _ in range(10):  # what another machine has just written may take some seconds to be seen
-        places = {key: folder(store, key.removesuffix("-shares")) for key in there}
+    places = {key: folder(store, key.removesuffix("-shares")) for key in there}
+
+    def seen() -> set[str]:
         cut = {key for key, one in there.items() if not any(places[key].glob(f"{one.id}_*submitted.pkl"))}
         cut |= {key for key in there if places[key].name not in there.keys() - cut}
-        cut = {key for key in cut if there[key].user == str(os.getuid())}
-        if not cut:
-            break
-        time.sleep(2)
+        return {key for key in cut if there[key].user == str(os.getuid())}
+
+    if cut := seen():
+        refresh(places[key] for key in cut)  # another machine may have written it just now
+        cut = seen()
     cancel(there[key].id for key in cut)
     return {key: one for key, one in there.items() if key not in cut}
 

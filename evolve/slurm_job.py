@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from evolve import snapshot
 from evolve.config import ConfigError
 from evolve.config.resources import EARLY
-from evolve.store import Corrupt, Stage, append, replace, seal, unseal
+from evolve.store import Corrupt, Stage, append, refresh, replace, seal, unseal
 from evolve.workers import Outcome, Progress, Setting, Workers
 
 REFUSED = ("presently disabled", "permission denied")  # what scontrol says where asking again is of no use
@@ -120,12 +120,11 @@ class Run:
         store = self.setting.store
         # Slurm takes `afterok` on a job that it has forgotten for fulfilled.
         own = {stage.id for stage in self.stages}
-        for item in {item.id: item for stage in self.stages for item in stage.stages if item.id not in own}.values():
-            for _ in range(10):  # what another machine has just written may take some seconds to be seen
-                if store.record(item) is not None:
-                    break
-                time.sleep(2)
-            else:
+        needed = {item.id: item for stage in self.stages for item in stage.stages if item.id not in own}.values()
+        if absent := [item for item in needed if store.record(item) is None]:
+            refresh(store.folder(item.id).parent for item in absent)
+        for item in absent:
+            if store.record(item) is None:
                 events.add("lost", stage=self._next(), message=f"needs {item.id}, which is not there")
                 raise RuntimeError(f"{item.id}: not there; the sweep's command makes it")
         todo = [stage for stage in self.stages if store.record(stage) is None]

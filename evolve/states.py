@@ -14,7 +14,7 @@ from typing import Any
 from evolve import slurm
 from evolve.config import ConfigError
 from evolve.slurm import Queued
-from evolve.store import RECORD, Corrupt, Lease, Store, lines, unseal
+from evolve.store import LATE, RECORD, Corrupt, Lease, Store, lines, unseal
 
 INSIDE = "its job runs"
 ROOM = "for room in the queue, when the others have ended"
@@ -116,7 +116,7 @@ def wanted(folder: Path) -> set[tuple[str, str]]:
 class Said:
     """What a job said: of its last run, which stage it is at since when, and which failed; of all, what they took.
 
-    back: why it went back into the queue last.
+    made: when each stage was done. back: why it went back into the queue last.
     """
 
     job: str | None = None
@@ -125,6 +125,7 @@ class Said:
     failed: dict[str, str] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    made: dict[str, float] = field(default_factory=dict)
     requeues: int = 0
     back: str = ""
 
@@ -142,8 +143,10 @@ def hear(folder: Path) -> Said:
             said.now, said.failed = None, {}
         elif what == "stage":
             said.now, said.since = stage, event["time"]
-        elif what == "done" and "seconds" in event:
-            said.seconds[stage] = event["seconds"]
+        elif what in ("done", "reused"):
+            said.made[stage] = event["time"]
+            if what == "done" and "seconds" in event:
+                said.seconds[stage] = event["seconds"]
         elif what in ("failed", "lost"):
             said.failed[stage] = event["message"]
         elif what == "back":
@@ -263,6 +266,8 @@ def _ended(view: View, stage: str, key: str, number: str | None, said: Said, res
         return State("failed", rest.job, log, f"not submitted: {why}") if why else State("missing")
     if view.away:
         return State("unknown", number)
+    if said.job == number and time.time() - said.made.get(stage, 0.0) < LATE:
+        return State("ending", number, message="its job has made it; it is not seen here yet")
     if said.job == number:
         return State("missing", number, message="its job ended without a word: cancelled, or killed")
     why = "its job ended before it began: cancelled, or Python did not start there; do nodes share this disk?"

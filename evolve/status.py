@@ -17,6 +17,7 @@ from evolve import states
 from evolve.config import ConfigError
 from evolve.show import console, duration
 from evolve.states import INSIDE, State, View, load, look
+from evolve.store import refresh
 
 STYLE = {  # the first of a member's states is what its table says
     "failed": "bold red",
@@ -118,7 +119,7 @@ def _stages(view: View) -> None:
 def watch(folder: Path, every: float = 5.0) -> View:
     """Shows a sweep until nothing of it waits or runs. Returns how it ended."""
     out = console()
-    last, quiet = None, 0
+    last, quiet = None, False
     began = time.time()
     while True:
         view = look(load(folder))
@@ -129,12 +130,15 @@ def watch(folder: Path, every: float = 5.0) -> View:
                 show(view)
             else:
                 out.print(f"{time.strftime('%H:%M:%S')} {counts(view)}{view.away and f' ({view.away})'}")
-        quiet = 0 if any(view.count[state] for state in ON_ITS_WAY) else quiet + 1
-        if quiet == 2:  # a record that has just been written may take a moment to be seen
+        undone = [stage for stage, one in view.states.items() if one.state != "done"]
+        before, quiet = quiet, not any(view.count[state] for state in ON_ITS_WAY)
+        if quiet and (before or not undone):
             if not out.is_terminal:
                 show(view)
             out.print(f"ended   after {duration(time.time() - began)} of watching")
             return view
+        if quiet:  # what has just been written may not be seen yet
+            refresh(view.sweep.store.folder(stage).parent for stage in undone)
         time.sleep(every)
 
 

@@ -42,6 +42,7 @@ from pydantic import BaseModel
 from evolve.config import RUNTIME, ConfigError, Section
 
 RECORD = "record.json"
+LATE = 65.0  # seconds after which every machine sees what is in a folder: NFS's acdirmax, 60, and some
 
 
 class Corrupt(Exception):
@@ -101,6 +102,26 @@ def replace(path: Path, text: str) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refresh(folders: Iterable[Path]) -> None:
+    """Returns once this machine sees what was in folders when it was called, whatever it knew of them before.
+
+    A client of NFS believes for up to a minute what it has cached of a folder, also that something isn't there; but not
+    of one that it has itself changed since. Where it may not, the minute is waited for.
+    """
+    blind = False
+    for place in {place: None for folder in folders for place in (folder.parent, folder)}:
+        probe = place / f".tmp-lease-{uuid.uuid4().hex}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except (FileNotFoundError, NotADirectoryError):  # nor is anything in it
+            continue
+        except OSError:
+            blind = True
+    if blind:
+        time.sleep(LATE)
 
 
 def open_up(folder: Path, like: Path) -> None:

@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from evolve import cancel, launch, simulate, slurm, states, status
 from evolve.config import ConfigError, Resources, Slurm
 from evolve.slurm_job import PATIENCE, Rest, Run
 from evolve.stages import data
-from evolve.store import Source, Stage, Store, lines, seal
+from evolve.store import Report, Source, Stage, StageConfig, Store, append, lines, refresh, seal
 from evolve.workers import Setting
 
 Script = Callable[..., None]
@@ -243,3 +245,88 @@ def test_what_may_go_well_later_is_tried_again(script, tmp_path, left_over, sign
     assert set(rest.plan.with_suffix(".tried").read_text().split()) == states.submitted(planned.folder).keys()
     assert {number for _, number in states.submitted(planned.folder).values()} == {"1"}
     assert not said(rest.plan.parent, "failed")
+
+
+class Old:
+    """What a client of NFS sees of folders: nothing in them, until it has changed them itself."""
+
+    def __init__(self, *folders: Path):
+        self.folders = folders
+        for folder in folders:
+            os.utime(folder, (0, 0))
+
+    def shows(self, folder: Path) -> bool:
+        return folder not in self.folders or folder.stat().st_mtime != 0
+
+
+class Numbered(StageConfig):
+    number: int
+
+
+def test_what_another_machine_has_just_written_is_not_lost(tmp_path, monkeypatch, signals):
+    """By a job's end that the next one was waiting for."""
+    store = Store(tmp_path / "store")
+    before = Stage("score", 1, Numbered(number=1), {"data": Source("data", "x", "x")})
+    after = Stage("score", 1, Numbered(number=2), {"scores": before})
+    for made in (before, after):
+        with store.build(made) as folder:
+            store.commit(made, folder, Report(), {})
+    old, record = Old(store.root / "score"), store.record
+    monkeypatch.setattr(store, "record", lambda stage: record(stage) if old.shows(store.root / "score") else None)
+    run = job(tmp_path, monkeypatch, tmp_path)
+    run = Run((after,), replace(run.setting, store=store), tmp_path)
+    run()
+    assert [line["event"] for line in lines(tmp_path / "events.jsonl")] == ["start", "end"]
+
+
+def test_a_job_that_another_machine_has_just_submitted_is_whole(script, tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    place = slurm.folder(store, "key")
+    place.mkdir(parents=True)
+    (place / "1_submitted.pkl").touch()
+    old, glob = Old(place), Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: glob(path, pattern) if old.shows(path) else iter(()))
+    script("scancel")
+    there = {"key": slurm.Queued("1", "PENDING", "None", str(os.getuid()))}
+    assert slurm._whole(store, there) == there
+    assert calls(tmp_path, "scancel") == []
+
+
+def test_a_sweep_is_watched_until_its_results_can_be_seen(script, tmp_path, monkeypatch):
+    folder = sweep(tmp_path, "one", a=("key", "1"))
+    queue(script, Store(tmp_path / "store"))
+    record = tmp_path / "store" / "score" / "a" / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"seconds": 1.0}')
+    old, exists = Old(tmp_path / "store" / "score"), Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path) and (path != record or old.shows(path.parent.parent)))
+    assert states.look(states.load(folder)).states["score/a"].state == "missing"
+    assert status.watch(folder, every=0.1).states["score/a"].state == "done"
+
+
+def test_a_stage_that_its_job_says_is_done_is_not_missing_yet(script, tmp_path):
+    folder = sweep(tmp_path, "one", a=("key", "1"), b=("other", "2"))
+    store = Store(tmp_path / "store")
+    queue(script, store)
+    for key, number, stage, ago in (("key", "1", "a", 10), ("other", "2", "b", 100)):
+        slurm.folder(store, key).mkdir(parents=True)
+        own = {"time": time.time() - ago, "job": number, "restarts": 0}
+        append(
+            slurm.folder(store, key) / "events.jsonl", {**own, "event": "done", "stage": f"score/{stage}", "seconds": 1}
+        )
+    found = states.look(states.load(folder)).states
+    assert [found[stage].state for stage in ("score/a", "score/b")] == ["ending", "missing"]
+
+
+def test_where_a_folder_cannot_be_changed_a_minute_is_waited_for(tmp_path, monkeypatch):
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    refresh([tmp_path, tmp_path / "gone" / "below"])
+    assert waited == [] and list(tmp_path.iterdir()) == []
+
+    def touch(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "touch", touch)
+    refresh([tmp_path])
+    assert [seconds > 60 for seconds in waited] == [True]
