@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FULL = re.compile(r"temporarily unable to accept job|temporarily unavailable|job submit limit", re.IGNORECASE)
 LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+")
 # What its commands say where the controller doesn't answer; only to the first of these has nothing been heard for sure.
-FAILURE = r"(?:connection|send|receive) failure|connection re(?:fused|set)"
+FAILURE = r"(?:connection|send|receive|shutdown) failure|connection re(?:fused|set)|missing socket"
 AWAY = re.compile(rf"unable to contact|timed out|zero bytes|standby mode|{FAILURE}", re.IGNORECASE)
 LAST = 50  # jobs that the one which submits what is left waits for
 # What tells a job to go would end it, as a failure, until Python has its handlers; who is not heard is ended by Slurm.

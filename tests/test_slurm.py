@@ -231,6 +231,8 @@ def test_what_slurm_refuses_for_good_is_a_failure_of_what_submits_the_rest(scrip
     "refusal",
     [
         "Batch job submission failed: Socket timed out on send/recv operation",
+        "Batch job submission failed: Unexpected missing socket error",
+        "Batch job submission failed: Zero Bytes were transmitted or received",
         "(job submit limit) QOSMaxSubmitJobPerUser",
     ],
 )
