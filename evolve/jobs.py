@@ -5,8 +5,9 @@
 
 A job whose results only one other job needs, and which wants the same as that one, is made part of it. So a job has one
 stage that others build on, its last, and `afterok` between jobs says just what stages need of one another: where a
-stage fails, nothing stops that could have run. Stages that take seconds and no GPU go with whichever neighbour. Slices
-of one data set that several jobs need are the exception: one job makes them, and fails with any of them.
+stage fails, nothing stops that could have run. Stages that take seconds and no GPU go with whichever neighbour. A stage
+whose rows several jobs share begins a job. Slices of one data set that several jobs need are the exception: one job
+makes them, and fails with any of them.
 """
 
 from __future__ import annotations
@@ -84,18 +85,22 @@ def group(stages: Iterable[Stage], resources: Resources) -> list[Job]:
     of = {stage.id: stage.id for stage in ordered}  # the stage that a stage's job ends with
     held: dict[str, list[Stage]] = {stage.id: [stage] for stage in ordered}
     wants = {stage.id: need(stage, resources) for stage in ordered}
+    # The ends of jobs that begin with a stage whose rows an array shares.
+    dealt = {stage.id for stage in ordered if stage.config.SHARED and (asked := wants[stage.id]) and asked.shards > 1}
     for stage in reversed(ordered):
         ends = {of[consumer] for consumer in consumers[stage.id]}
         if len(ends) != 1:
             continue
         [end] = ends
         mine, theirs = wants[stage.id], wants[end]
-        if mine is None and theirs is not None and theirs.shards > 1:
-            continue  # its rows are to be there before the array that shares the work begins
+        if end in dealt:
+            continue  # what it makes is to be there before the array that shares the work begins
         if mine is None or theirs is None or _alike(mine, theirs):
             of[stage.id] = end
             held[end].append(stage)
             wants[end] = theirs if mine is None else mine
+            if stage.id in dealt:
+                dealt.add(end)
             del held[stage.id], wants[stage.id]
     small = resources.slurm.needs["small"]
     # What many jobs need and takes seconds, of the same sources: together, or each would wait in the queue by itself.

@@ -16,15 +16,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from evolve import devices, jobs
+from evolve import devices, jobs, slurm
 from evolve.config import ConfigError, Node
 from evolve.jobs import Job
+from evolve.slurm import LAST
 from evolve.store import Stage
 
 if TYPE_CHECKING:
     from evolve.launch import Planned
 
-LAST = 50  # jobs that the one which submits what is left waits for (slurm.py)
 Amounts = tuple[int, int, int]  # GPUs, CPUs, MiB
 
 
@@ -211,16 +211,18 @@ def pool(gpus: int, node: Node) -> list[Amounts]:
 
 
 def machines(partitions: Collection[str | None]) -> list[Amounts]:
-    """Those of partitions (None: the site's default one) that are in order; none where there is no Slurm."""
+    """Those of partitions (as sbatch takes them: 'a,b'; None: the site's default one) that are in order; none where
+    there is no Slurm."""
+    named = {name for given in partitions if given for name in given.split(",")}
     command = ["sinfo", "--noheader", "--Node", "--states=idle,alloc,mix,comp", "--format=%N|%P|%c|%m|%G"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     found: dict[str, Amounts] = {}
     for line in said.stdout.splitlines() if said.returncode == 0 else ():
         name, where, cpus, memory, resources = line.split("|")
-        if where.rstrip("*") in partitions or (None in partitions and where.endswith("*")):
+        if where.rstrip("*") in named or (None in partitions and where.endswith("*")):
             found[name] = (gpus_of(resources), int(cpus), int(memory))
     return list(found.values())
 
@@ -261,9 +263,11 @@ def here(planned: Planned) -> Outlook:
 
 
 def cluster(planned: Planned) -> Outlook:
-    """On a partition of Slurm's, or on as many GPUs as resources.slurm.simulate says. Raises ConfigError."""
-    from evolve import slurm
+    """On a partition of Slurm's, or on as many GPUs as resources.slurm.simulate says: when it starts what, if it is a
+    dry run.
 
+    Raises ConfigError; where the partition's machines can't run it as they are now, that is a warning of the plan's.
+    """
     resources = planned.config.resources
     slurm.check(resources)
     assert resources.slurm is not None
@@ -281,7 +285,10 @@ def cluster(planned: Planned) -> Outlook:
     partitions = {job.need.partition or resources.slurm.partition for job in grouped}
     if resources.slurm.simulate is None and (nodes := machines(partitions)):
         gpus = sum(node[0] for node in nodes)
-        made.on[f"{len(nodes)} nodes with {gpus} GPUs"] = simulate(tasks, nodes, startup, most)
+        try:
+            made.on[f"{len(nodes)} nodes with {gpus} GPUs"] = simulate(tasks, nodes, startup, most)
+        except ConfigError as error:  # of those that are in order now; the job's may be down for an hour
+            planned.warnings.append(f"{error}, of those that are in order now; so how long it takes isn't known")
     return made
 
 

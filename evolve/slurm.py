@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from evolve import jobs, snapshot
 from evolve.config import ConfigError, Resources
 from evolve.jobs import Job
-from evolve.store import Corrupt, Lease, Stage, Store, append, digest, seal, unseal
+from evolve.store import Corrupt, Lease, Stage, Store, append, digest, refresh, seal, unseal
 from evolve.store import replace as replace_file
 
 if TYPE_CHECKING:
@@ -39,11 +39,21 @@ if TYPE_CHECKING:
 # it names the limit, the name counts.
 FULL = re.compile(r"temporarily unable to accept job|temporarily unavailable|job submit limit", re.IGNORECASE)
 LIMIT = re.compile(r"\b(?:QOS|Assoc)\w+")
+# What its commands say where the controller doesn't answer; only to the first of these has nothing been heard for sure.
+FAILURE = r"(?:connection|send|receive|shutdown) failure|connection re(?:fused|set)|missing socket"
+AWAY = re.compile(rf"unable to contact|timed out|zero bytes|standby mode|{FAILURE}", re.IGNORECASE)
+LAST = 50  # jobs that the one which submits what is left waits for
+# What tells a job to go would end it, as a failure, until Python has its handlers; who is not heard is ended by Slurm.
+DEAF = """sh -c 'trap "" USR2 TERM; exec "$@"' sh"""
 TIMEOUTS = 10**6  # of submitit's: how many are too many is said by slurm_job.py, which sees what each achieved
 
 
 class Full(Exception):
     """The site takes no more jobs now."""
+
+
+class NotNow(ConfigError):
+    """Slurm can't be reached, or has no room: the same may go well later."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ def tag(store: Store) -> str:
 def queue(store: Store, patience: float = 60) -> dict[str, Queued]:
     """The store's jobs that wait or run, by key; of all users; of an array, one that runs if any does.
 
-    patience: seconds to ask again in, where Slurm's controller is away. Raises ConfigError where it can't be asked.
+    patience: seconds to ask again in, where Slurm's controller is away. Raises ConfigError where it can't be asked;
+    NotNow, if that may change.
     """
     found: dict[str, Queued] = {}
     command = ["squeue", "--noheader", "--all", "--array", "--format=%i|%T|%r|%U|%k"]
@@ -101,17 +112,22 @@ def _slurm(command: Sequence[str], patience: float = 60) -> str:
     deadline = time.monotonic() + patience
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            # Comments are of anybody's jobs, and may hold anything.
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
         except FileNotFoundError:
             raise ConfigError(f"hydra/launcher=slurm: there is no {command[0]} here; run this where Slurm is") from None
         except subprocess.TimeoutExpired:  # it may have been heard all the same, so it is not said twice
-            raise ConfigError(f"{command[0]}: no answer from Slurm in a minute") from None
+            raise NotNow(f"{command[0]}: no answer from Slurm in a minute") from None
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split())
         if time.monotonic() > deadline or "Unable to contact" not in said:
-            raise ConfigError(f"{command[0]}: {said}")
+            raise _refusal(said)(f"{command[0]}: {said}")
         time.sleep(2)
+
+
+def _refusal(said: str) -> type[ConfigError]:
+    return NotNow if AWAY.search(said) else ConfigError
 
 
 def live(store: Store, there: Mapping[str, Queued]) -> dict[str, tuple[str, str]]:
@@ -185,9 +201,11 @@ def turn(store: Store) -> Iterator[None]:
 def submit(planned: Planned, again: Path | None = None) -> Submission:
     """Submits what is neither done nor under way, inputs first.
 
-    again: the plan's file, of a submission that left jobs over: what it has submitted once is not tried again.
+    again: the plan's file, of a submission that left jobs over: what it has submitted once is not tried again, however
+    often it is called.
 
-    Raises ConfigError where Slurm refuses a job for anything but its number.
+    Raises ConfigError where Slurm refuses a job for anything but its number; NotNow where it can't be reached, or has
+    no room for a single one.
     """
     store, resources = planned.store, planned.config.resources
     check(resources)
@@ -228,14 +246,17 @@ def submit(planned: Planned, again: Path | None = None) -> Submission:
                 made.jobs[job.key] = number = _submit(job, planned, needs)
             except Full as full:
                 if not made.jobs and not there:
-                    raise ConfigError(f"no room for a single job: {full}") from None
+                    raise NotNow(f"no room for a single job: {full}") from None
                 made.left = len(todo) - len(made.jobs)
                 break
             except ConfigError as error:
                 before = f"; {len(made.jobs)} jobs were submitted before, and go on" if made.jobs else ""
-                raise ConfigError(f"{error}{before}") from None
+                raise type(error)(f"{error}{before}") from None
             number_of |= {stage.id: number for stage in job.stages}
             note(planned.folder, stages={stage.id: (job.key, number) for stage in job.stages})
+            if again:
+                tried |= {stage.id for stage in job.stages}
+                _note_tried(again, tried)
         if made.left:
             waits = [number for _, number in mine.values()] or [one.id for one in there.values()]
             made.rest = (others and again is None) or _leave(
@@ -250,14 +271,16 @@ def _whole(store: Store, there: Mapping[str, Queued]) -> dict[str, Queued]:
     That is jobs that have nothing to run, as submitit puts it into its place once sbatch has returned; and shares that
     no job follows.
     """
-    for _ in range(10):  # what another machine has just written may take some seconds to be seen
-        places = {key: folder(store, key.removesuffix("-shares")) for key in there}
+    places = {key: folder(store, key.removesuffix("-shares")) for key in there}
+
+    def seen() -> set[str]:
         cut = {key for key, one in there.items() if not any(places[key].glob(f"{one.id}_*submitted.pkl"))}
         cut |= {key for key in there if places[key].name not in there.keys() - cut}
-        cut = {key for key in cut if there[key].user == str(os.getuid())}
-        if not cut:
-            break
-        time.sleep(2)
+        return {key for key in cut if there[key].user == str(os.getuid())}
+
+    if cut := seen():
+        refresh(places[key] for key in cut)  # another machine may have written it just now
+        cut = seen()
     cancel(there[key].id for key in cut)
     return {key: one for key, one in there.items() if key not in cut}
 
@@ -340,8 +363,9 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
     from submitit.core.utils import FailedJobError
 
     assert resources.slurm is not None
+    python = f"{DEAF} {resources.slurm.python or shlex.quote(sys.executable)}"
     try:
-        executor = submitit.SlurmExecutor(where, max_num_timeout=TIMEOUTS, python=resources.slurm.python)
+        executor = submitit.SlurmExecutor(where, max_num_timeout=TIMEOUTS, python=python)
     except RuntimeError:
         raise ConfigError("hydra/launcher=slurm: there is no srun here; run this where Slurm is") from None
     executor.update_parameters(**options)
@@ -356,7 +380,7 @@ def _sbatch(functions: Sequence[Any], where: Path, options: Mapping[str, Any], r
         if any("Submit" in limit for limit in limits) if limits else FULL.search(said):
             raise Full(said)
         if time.monotonic() > deadline or "Unable to contact" not in said:  # otherwise it may have been heard
-            raise ConfigError(said)
+            raise _refusal(said)(said)
         time.sleep(2)
 
 
@@ -398,10 +422,8 @@ def _leave(
         plan.write_bytes(pickle.dumps(planned))
     small = Job((), resources.slurm.needs["small"])
     while True:
-        submitted = [stage.id for job in todo if job.key in made.jobs for stage in job.stages]
-        plan.with_suffix(".new").write_text("\n".join([*tried, *submitted]) + "\n")
-        plan.with_suffix(".new").rename(plan.with_suffix(".tried"))
-        waits = [*before, *made.jobs.values()][-50:]
+        _note_tried(plan, tried | {stage.id for job in todo if job.key in made.jobs for stage in job.stages})
+        waits = [*before, *made.jobs.values()][-LAST:]
         options = {
             **parameters(small, resources),
             "job_name": "evolve-rest",
@@ -418,6 +440,11 @@ def _leave(
         shares = queue(store).get(f"{key}-shares")
         cancel([last, *([shares.id] if shares else [])])
         made.left += 1
+
+
+def _note_tried(plan: Path, stages: Iterable[str]) -> None:
+    """What the submissions of a plan that left jobs over have submitted, once and for all."""
+    replace_file(plan.with_suffix(".tried"), "\n".join(sorted(stages)) + "\n")
 
 
 def cancel(numbers: Iterable[str]) -> None:

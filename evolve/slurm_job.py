@@ -12,23 +12,28 @@ A job that comes back finds in the store what it finished. `events.jsonl` in its
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evolve import snapshot
-from evolve.store import Corrupt, Stage, append, replace, seal, unseal
+from evolve.config import ConfigError
+from evolve.config.resources import EARLY
+from evolve.store import Corrupt, Stage, append, refresh, replace, seal, unseal
 from evolve.workers import Outcome, Progress, Setting, Workers
 
 REFUSED = ("presently disabled", "permission denied")  # what scontrol says where asking again is of no use
-PATIENCE = 3  # time-outs in a row without any progress after which a job has failed
+PATIENCE = 3  # time limits in a row without any progress after which a job has failed
 
 
 class Told(BaseException):
@@ -37,6 +42,16 @@ class Told(BaseException):
 
 def _tell(number: int, frame: Any) -> None:
     raise Told
+
+
+@contextlib.contextmanager
+def spared() -> Iterator[None]:
+    """For what a job says of itself: where that can't be written, as on a full disk, a line on stderr has to do."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"the job goes on, and this is not written: {error}", file=sys.stderr, flush=True)
 
 
 class Events:
@@ -49,8 +64,10 @@ class Events:
     def add(self, event: str, **about: Any) -> None:
         job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         line = {"time": round(time.time(), 1), "event": event, "job": job, "restarts": restarts, **about}
-        append(self.folder / "events.jsonl", line)
-        print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
+        with spared():
+            append(self.folder / "events.jsonl", line)
+        with spared():
+            print(time.strftime("%H:%M:%S"), event, *(f"{name}={value}" for name, value in about.items()), flush=True)
 
     # what launch.run tells whoever watches
 
@@ -61,7 +78,8 @@ class Events:
         if time.monotonic() - self._shown > 5 or news.done == news.total:
             self._shown = time.monotonic()
             content = {"stage": stage.id, "done": news.done, "total": news.total, "time": time.time()}
-            replace(self.folder / "progress.json", seal(content))
+            with spared():
+                replace(self.folder / "progress.json", seal(content))
 
     def held(self, stage: Stage) -> None:
         self.add("held", stage=stage.id)
@@ -102,12 +120,11 @@ class Run:
         store = self.setting.store
         # Slurm takes `afterok` on a job that it has forgotten for fulfilled.
         own = {stage.id for stage in self.stages}
-        for item in {item.id: item for stage in self.stages for item in stage.stages if item.id not in own}.values():
-            for _ in range(10):  # what another machine has just written may take some seconds to be seen
-                if store.record(item) is not None:
-                    break
-                time.sleep(2)
-            else:
+        needed = {item.id: item for stage in self.stages for item in stage.stages if item.id not in own}.values()
+        if absent := [item for item in needed if store.record(item) is None]:
+            refresh(store.folder(item.id).parent for item in absent)
+        for item in absent:
+            if store.record(item) is None:
                 events.add("lost", stage=self._next(), message=f"needs {item.id}, which is not there")
                 raise RuntimeError(f"{item.id}: not there; the sweep's command makes it")
         todo = [stage for stage in self.stages if store.record(stage) is None]
@@ -121,16 +138,11 @@ class Run:
                 time.sleep(2)  # it may have been this job's end that its worker heard of first
                 raise RuntimeError(f"{', '.join(failed)}: failed; see {self.folder}")
         except launch.Busy as held:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.pool.close()
-            events.add("back", message=f"{held} is being made by another process")
-            requeue()
-            sys.exit(1)
+            self._stop()
+            go_back(events, f"{held} is being made by another process")
         except Told:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.pool.close()
+            self._stop()
             leave(events)
-            sys.exit(1)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done
         events.add("end")
 
@@ -139,29 +151,47 @@ class Run:
 
         Raises SystemExit once it is there: submitit would ask Slurm but once, and fail where there is no answer.
         """
-        deaf()
-        events = Events(self.folder)
-        if self.pool is not None:
-            self.pool.close()
-        if self._stuck():
+        self._stop()
+        events, said, slurm = Events(self.folder), known(), self.setting.resources.slurm
+        assert slurm is not None
+        at_limit = not preempted(said) and left(said) <= slurm.signal_seconds + 2 * EARLY
+        if at_limit and self._stuck():
             message = (
-                f"was told to go {PATIENCE} times and had kept nothing new since the time before; it needs more "
-                "resources.slurm.needs.*.minutes, or, if it trains, fewer trainer.checkpoint_minutes"
+                f"came to its time limit {PATIENCE} times and had kept nothing new since the time before; it needs "
+                "more resources.slurm.needs.*.minutes, or, if it trains, fewer trainer.checkpoint_minutes"
             )
             events.add("failed", stage=self._next(), message=message)
             return
-        events.add("back", message="told to go: time limit or preemption")
-        requeue()
-        sys.exit(1)
+        if not said:
+            go_back(events, "told to go: time limit or preemption")
+        why = "preemption" if preempted(said) else "time limit" if at_limit else "SIGUSR2, not by Slurm"
+        go_back(events, f"told to go: {why}")
+
+    def _stop(self) -> None:
+        deaf()
+        if self.pool is not None:
+            self.pool.close()
 
     def _next(self) -> str:
         store = self.setting.store
         return next((stage.id for stage in self.stages if store.record(stage) is None), self.stages[-1].id)
 
     def _stuck(self) -> bool:
-        """Whether nothing was finished or kept since the job was last told to go, several times in a row."""
-        store, job = self.setting.store, os.environ.get("SLURM_JOB_ID", "")
-        kept = []
+        """Whether nothing was finished or kept since the job last came to its time limit, several times in a row."""
+        job, times = os.environ.get("SLURM_JOB_ID", ""), 0
+        path = self.folder / "requeues.json"
+        with spared():
+            kept = self._kept()
+            seen: dict[str, Any] = {}
+            with contextlib.suppress(FileNotFoundError, Corrupt):
+                seen = unseal(path.read_bytes())
+            times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
+            replace(path, seal({"kept": kept, "job": job, "times": times}))
+        return bool(times >= PATIENCE)
+
+    def _kept(self) -> list[list[str]]:
+        """What each stage has finished, or can go on from."""
+        store, kept = self.setting.store, []
         for stage in self.stages:
             files = []
             for file in sorted(store.partial(stage.id).rglob("*")):
@@ -169,42 +199,35 @@ class Run:
                     files.append(f"{file} {file.stat().st_mtime_ns}")
             replies = sum(1 for _ in store.judgments.rglob("*")) if stage.kind == "compare" else 0
             kept.append([str(store.record(stage) is not None), str(replies), *files])
-        path = self.folder / "requeues.json"
-        seen: dict[str, Any] = {}
-        with contextlib.suppress(FileNotFoundError, Corrupt):
-            seen = unseal(path.read_bytes())
-        times = seen["times"] + 1 if (seen.get("kept"), seen.get("job")) == (kept, job) else 1
-        replace(path, seal({"kept": kept, "job": job, "times": times}))
-        return bool(times >= PATIENCE)
+        return kept
 
 
 @dataclass
 class Rest:
-    """Submits what a site's limits left over of a plan."""
+    """Submits what a site's limits left over of a plan; goes back into the queue as long as there is no room."""
 
     plan: Path
 
     def __call__(self) -> None:
         from evolve import slurm
-        from evolve.config import ConfigError
 
         snapshot.hold()
+        events = Events(self.plan.parent)
+        events.add("start", node=socket.gethostname())
         try:
             made = slurm.submit(pickle.loads(self.plan.read_bytes()), again=self.plan)
-            print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
-            why = "" if made.rest or not made.left else "no room in the queue"
-        except ConfigError as error:
-            why = str(error)
-        if why:
-            deaf()
-            Events(self.plan.parent).add("back", message=why)
-            requeue()
-            sys.exit(1)
+        except slurm.NotNow as error:
+            go_back(events, str(error))
+        except Exception as error:
+            message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            events.add("failed", message=message)
+            raise
+        print(f"{len(made.jobs)} jobs submitted, {made.left} left", flush=True)
+        if made.left and not made.rest:
+            go_back(events, "no room in the queue")
 
     def checkpoint(self) -> None:
-        deaf()
-        requeue()
-        sys.exit(1)
+        go_back(Events(self.plan.parent), "told to go")
 
 
 def deaf() -> None:
@@ -223,7 +246,34 @@ def number() -> str:
     return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{share}" if share else os.environ["SLURM_JOB_ID"]
 
 
-def leave(events: Events) -> None:
+def known() -> dict[str, str]:
+    """What Slurm knows of this job; nothing where it doesn't answer."""
+    command = ["scontrol", "--oneliner", "show", "job", number()]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        return {}
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def preempted(said: Mapping[str, str]) -> bool:
+    return said.get("PreemptTime", "None") != "None"
+
+
+def left(said: Mapping[str, str]) -> float:
+    """Seconds until a job's time limit; NaN where it has none, or nothing is known of it."""
+    return _seconds(said.get("TimeLimit", "")) - _seconds(said.get("RunTime", ""))
+
+
+def _seconds(text: str) -> float:
+    """'1-00:00:10' -> 86410; NaN for what is no such time, as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return math.nan
+    return sum(int(part or 0) * of for part, of in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+
+
+def leave(events: Events) -> NoReturn:
     """Ends a job that got SIGTERM: at once where Slurm has decided on it already, and else when Slurm ends it.
 
     Slurm preempts with a grace period, in which the job counts as running: it goes back by itself, and holds nothing.
@@ -232,25 +282,28 @@ def leave(events: Events) -> None:
     """
     deadline = time.monotonic() + 60
     while True:
-        command = ["scontrol", "--oneliner", "show", "job", number()]
-        shown = subprocess.run(command, capture_output=True, text=True).stdout
-        said = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        said = known()
         if said and said["JobState"] != "RUNNING":
             events.add("ended", message=f"told to go: {said['JobState'].lower()}")
-            return
-        preempted = said.get("PreemptTime", "None") != "None"
-        if preempted or (said and time.monotonic() > deadline):
-            events.add("back", message=f"told to go: {'preemption' if preempted else 'SIGTERM, not by Slurm'}")
-            requeue()
-            return
+            sys.exit(1)
+        if preempted(said) or (said and time.monotonic() > deadline):
+            go_back(events, f"told to go: {'preemption' if preempted(said) else 'SIGTERM, not by Slurm'}")
         time.sleep(2)  # to end by itself now would be a failure, and what needs this job would be cancelled
 
 
-def requeue() -> None:
-    """Back into the queue; how the job ends then no longer counts. SIGTERM is ignored by now, as scontrol then does.
+def go_back(events: Events, why: str) -> NoReturn:
+    """Ends this process with its job back in the queue; how it ends then no longer counts.
 
     Raises RuntimeError where Slurm refuses for good: the job fails, and the same command submits it again.
     """
+    deaf()
+    events.add("back", message=why)
+    requeue()
+    sys.exit(1)
+
+
+def requeue() -> None:
+    """Raises RuntimeError where Slurm refuses for good."""
     while True:
         done = subprocess.run(["scontrol", "requeue", number()], capture_output=True, text=True)
         if not done.returncode:

@@ -12,26 +12,28 @@ The standard library only: it runs before anything else is imported.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # of the code that runs: a checkout, or a copy of one
 RECORD = "snapshot.json"
 COPIED = ("evolve", "evals", "sweeps", "conf", "hydra_plugins", "pyproject.toml")
-UNUSED = 30 * 24 * 3600  # seconds: an older copy is removed when a new one is made
+DAY = 24 * 3600
+UNUSED = 30 * DAY  # seconds: an older copy is removed when a new one is made
 LOOKS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 _RECORD: dict[str, Any] | None = json.loads((ROOT / RECORD).read_text()) if (ROOT / RECORD).is_file() else None
 CHECKOUT = Path(_RECORD["root"]) if _RECORD else ROOT  # where weights/ and the like lie, which no copy has
-_held: IO[bytes] | None = None
+_held: threading.Thread | None = None
 
 
 def enter() -> None:
@@ -63,10 +65,12 @@ def make() -> Path:
     home = ROOT / ".snapshots"
     copy = home / hashlib.sha256(json.dumps([record, hashes], sort_keys=True).encode()).hexdigest()[:16]
     with contextlib.suppress(FileNotFoundError):
-        os.utime(copy / RECORD)
-        if _files(copy) == files:
+        os.utime(copy / RECORD)  # from now on nobody removes it
+        found = _files(copy)
+        if found == files:
             return copy
-        _remove(copy)  # cut short by a machine's crash, or edited
+        if found:
+            _remove(copy)  # cut short by a machine's crash, or edited
     building = home / f".new-{os.urandom(8).hex()}"
     try:
         for name, content in files.items():
@@ -101,36 +105,54 @@ def _files(root: Path) -> dict[str, bytes]:
 
 
 def _prune(home: Path) -> None:
-    """Removes what has not been used for long: copies that no command holds, and what was never finished."""
+    """Removes what has not been used for long: copies that no process has begun to use, and what was never finished."""
     for copy in home.iterdir():
-        with contextlib.suppress(OSError):  # in use, another user's, or just being removed by another command
-            record = copy / RECORD
-            if time.time() - (record if record.exists() else copy).stat().st_mtime < UNUSED:
-                continue
-            if not record.exists():
-                _remove(copy)
-                continue
-            with record.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(file.fileno()).st_mtime >= UNUSED:
-                    _remove(copy)
+        with contextlib.suppress(OSError):  # another user's, or just being removed by another command
+            if _unused(copy):
+                _remove(copy, _unused)
 
 
-def _remove(copy: Path) -> None:
+def _unused(copy: Path) -> bool:
+    """Whether no process has marked a copy for long. Opens its record: a client of NFS then asks the server."""
+    try:
+        with (copy / RECORD).open("rb") as file:
+            marked = os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:  # never finished
+        marked = copy.stat().st_mtime
+    return time.time() - marked >= UNUSED
+
+
+def _remove(copy: Path, still: Callable[[Path], bool] = lambda gone: True) -> None:
+    """still: asked once more when it has lost its name, which it gets back if the answer is no: whoever has marked it
+    meanwhile goes on with it."""
     gone = copy.with_name(f".old-{os.urandom(8).hex()}")
     copy.rename(gone)  # at once: nobody finds half of it
-    shutil.rmtree(gone)
+    if not still(gone):
+        with contextlib.suppress(OSError):  # another command has made the same again
+            gone.rename(copy)
+            return
+    shutil.rmtree(gone, ignore_errors=True)  # another command may be at it, too
 
 
 def hold() -> None:
-    """Keeps the copy that this process runs from, if it does, for as long as it lives."""
+    """Keeps the copy that this process runs from, if it does: marks it as used, now and every day of its life."""
     global _held
     if not _RECORD or _held:
         return
-    with contextlib.suppress(OSError):  # another user's copy, or a file system without locks: it ages as any other
+    _mark()
+    _held = threading.Thread(target=_go_on_marking, daemon=True)
+    _held.start()
+
+
+def _mark() -> None:
+    with contextlib.suppress(OSError):  # another user's copy: it ages as any other
         os.utime(ROOT / RECORD)
-        _held = (ROOT / RECORD).open("rb")
-        fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+def _go_on_marking() -> None:
+    while True:
+        time.sleep(DAY)
+        _mark()
 
 
 def code() -> dict[str, Any]:

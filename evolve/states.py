@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 from evolve import slurm
 from evolve.config import ConfigError
 from evolve.slurm import Queued
-from evolve.store import RECORD, Corrupt, Lease, Store, lines, unseal
+from evolve.store import LATE, RECORD, Corrupt, Lease, Store, lines, unseal
 
 INSIDE = "its job runs"
 ROOM = "for room in the queue, when the others have ended"
@@ -86,6 +87,17 @@ def newest(output: Path) -> Path:
     return found[-1].parent
 
 
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """The argument that `named` takes."""
+    what = "a sweep's folder, or an output: its newest"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help=what)
+
+
+def named(folder: Path) -> Path:
+    """The sweep's folder that a person means: this one, or an output's newest. Raises ConfigError."""
+    return folder if (folder / "sweep.json").exists() else newest(folder)
+
+
 def submitted(folder: Path) -> dict[str, tuple[str, str]]:
     """(job's key, Slurm's id) by stage of a sweep, of the last job that was to make it."""
     notes = (note.get("stages", {}) for note in lines(folder / "jobs.jsonl"))
@@ -104,7 +116,7 @@ def wanted(folder: Path) -> set[tuple[str, str]]:
 class Said:
     """What a job said: of its last run, which stage it is at since when, and which failed; of all, what they took.
 
-    back: why it went back into the queue last.
+    made: when each stage was done. back: why it went back into the queue last.
     """
 
     job: str | None = None
@@ -113,6 +125,7 @@ class Said:
     failed: dict[str, str] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    made: dict[str, float] = field(default_factory=dict)
     requeues: int = 0
     back: str = ""
 
@@ -130,8 +143,10 @@ def hear(folder: Path) -> Said:
             said.now, said.failed = None, {}
         elif what == "stage":
             said.now, said.since = stage, event["time"]
-        elif what == "done" and "seconds" in event:
-            said.seconds[stage] = event["seconds"]
+        elif what in ("done", "reused"):
+            said.made[stage] = event["time"]
+            if what == "done" and "seconds" in event:
+                said.seconds[stage] = event["seconds"]
         elif what in ("failed", "lost"):
             said.failed[stage] = event["message"]
         elif what == "back":
@@ -166,7 +181,7 @@ def look(sweep: Sweep) -> View:
                 _queued(sweep.store, stage, key, queue, words)
                 or _held(sweep.store, stage)
                 or _left(queue.get(rest), said[rest], number, words)
-                or _ended(view, stage, key, number, words)
+                or _ended(view, stage, key, number, words, said[rest])
             )
             logs = slurm.folder(sweep.store, key) if key else sweep.folder / "logs"
             log = logs / f"{stage.replace('/', '-')}.log"
@@ -237,19 +252,28 @@ def _left(rest: Queued | None, why: Said, number: str | None, said: Said) -> Sta
     return State("waiting", rest.id, message=why.back if why.back and why.job == rest.id else ROOM)
 
 
-def _ended(view: View, stage: str, key: str, number: str | None, said: Said) -> State:
-    """Of a stage that nothing is known to make: why."""
+def _ended(view: View, stage: str, key: str, number: str | None, said: Said, rest: Said) -> State:
+    """Of a stage that nothing is known to make: why. rest: what the job said that was to submit what is left."""
     if said.job == number and (message := said.failed.get(stage)):
         return State("failed", number, message=message)
     for need in view.sweep.needs[stage]:
         if need in view.states and view.states[need].state in ("failed", "blocked", "missing"):
             return State("blocked", number, message=f"needs {need}")
+    store = view.sweep.store
     if number is None:
-        return State("missing")
+        why = rest.failed.get("")  # no stage of its own, but all that it was to submit
+        log = _output(slurm.folder(store, slurm.rest(view.sweep.folder)), rest.job)
+        return State("failed", rest.job, log, f"not submitted: {why}") if why else State("missing")
     if view.away:
         return State("unknown", number)
+    if said.job == number and time.time() - said.made.get(stage, 0.0) < LATE:
+        return State("ending", number, message="its job has made it; it is not seen here yet")
     if said.job == number:
         return State("missing", number, message="its job ended without a word: cancelled, or killed")
     why = "its job ended before it began: cancelled, or Python did not start there; do nodes share this disk?"
-    outs = sorted(slurm.folder(view.sweep.store, key).glob(f"{number}_*log.out"))
-    return State("missing", number, str(outs[-1]) if outs else None, why)
+    return State("missing", number, _output(slurm.folder(store, key), number), why)
+
+
+def _output(folder: Path, number: str | None) -> str | None:
+    """Where what a job printed is."""
+    return next(map(str, sorted(folder.glob(f"{number}_*log.out"), reverse=True)), None)

@@ -13,9 +13,11 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from evolve import states
 from evolve.config import ConfigError
 from evolve.show import console, duration
-from evolve.states import INSIDE, State, View, load, look, newest
+from evolve.states import INSIDE, State, View, load, look
+from evolve.store import refresh
 
 STYLE = {  # the first of a member's states is what its table says
     "failed": "bold red",
@@ -117,7 +119,7 @@ def _stages(view: View) -> None:
 def watch(folder: Path, every: float = 5.0) -> View:
     """Shows a sweep until nothing of it waits or runs. Returns how it ended."""
     out = console()
-    last, quiet = None, 0
+    last, quiet = None, False
     began = time.time()
     while True:
         view = look(load(folder))
@@ -128,21 +130,22 @@ def watch(folder: Path, every: float = 5.0) -> View:
                 show(view)
             else:
                 out.print(f"{time.strftime('%H:%M:%S')} {counts(view)}{view.away and f' ({view.away})'}")
-        quiet = 0 if any(view.count[state] for state in ON_ITS_WAY) else quiet + 1
-        if quiet == 2:  # a record that has just been written may take a moment to be seen
+        undone = [stage for stage, one in view.states.items() if one.state != "done"]
+        before, quiet = quiet, not any(view.count[state] for state in ON_ITS_WAY)
+        if quiet and (before or not undone):
             if not out.is_terminal:
                 show(view)
             out.print(f"ended   after {duration(time.time() - began)} of watching")
             return view
+        if quiet:  # what has just been written may not be seen yet
+            refresh(view.sweep.store.folder(stage).parent for stage in undone)
         time.sleep(every)
 
 
 def main() -> int:
     """The exit status: 0 all is done or on its way, 1 something failed or is missing, 2 no such sweep."""
     parser = argparse.ArgumentParser(prog="python -m evolve.status", description="How a sweep stands.")
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("outputs"), help="a sweep's folder, or an output: its newest"
-    )
+    states.add_folder(parser)
     parser.add_argument("--watch", action="store_true", help="stay until nothing waits or runs")
     parser.add_argument("--stages", action="store_true", help="every stage: its state, job, time and log")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
@@ -150,7 +153,7 @@ def main() -> int:
     if given.watch and given.json:
         parser.error("--watch shows tables as things change; --json says it once: take one of them")
     try:
-        folder = given.folder if (given.folder / "sweep.json").exists() else newest(given.folder)
+        folder = states.named(given.folder)
         view = watch(folder) if given.watch else look(load(folder))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ from pydantic import BaseModel
 from evolve.config import RUNTIME, ConfigError, Section
 
 RECORD = "record.json"
+LATE = 65.0  # seconds after which every machine sees what is in a folder: NFS's acdirmax, 60, and some
 
 
 class Corrupt(Exception):
@@ -101,6 +102,26 @@ def replace(path: Path, text: str) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refresh(folders: Iterable[Path]) -> None:
+    """Returns once this machine sees what was in folders when it was called, whatever it knew of them before.
+
+    A client of NFS believes for up to a minute what it has cached of a folder, also that something isn't there; but not
+    of one that it has itself changed since. Where it may not, the minute is waited for.
+    """
+    blind = False
+    for place in {place: None for folder in folders for place in (folder.parent, folder)}:
+        probe = place / f".tmp-lease-{uuid.uuid4().hex}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except (FileNotFoundError, NotADirectoryError):  # nor is anything in it
+            continue
+        except OSError:
+            blind = True
+    if blind:
+        time.sleep(LATE)
 
 
 def open_up(folder: Path, like: Path) -> None:
@@ -443,22 +464,23 @@ class Store:
         """
         since = time.time() - 86400 * days
         found = list((self.root / "quarantine").glob("*"))
-        for kind in self.kinds():
-            folder = self.root / kind
-            # A builder has its lease before its folder, so leases are looked at after the folders have been listed.
-            for name in [name for name in os.listdir(folder) if name[0] == "."]:
-                is_lease = name.endswith(".lease")
-                if not (is_lease or name.startswith((".tmp-", ".partial-"))):
-                    continue  # the file system's own
-                if name.startswith(".partial-") and days and _newest(folder / name) > since:
-                    continue
-                if name.startswith(".tmp-lease-") and not is_lease:  # of who takes one, which is no matter of hours
-                    found += [folder / name] if _newest(folder / name) < time.time() - 3600 else []
-                    continue
-                lease = folder / (name if is_lease else f".{name.split('-')[1][:16]}.lease")
-                stale = Lease.is_stale(lease, self.lease_timeout)
-                if stale or not (is_lease or lease.exists()):
-                    found.append(folder / name)
+        # A builder has its lease before its folder, so leases are looked at after the folders have been listed.
+        names = ((kind, name) for kind in self.kinds() for name in os.listdir(self.root / kind))
+        hidden = [self.root / kind / name for kind, name in names if name[0] == "."]
+        dead = Lease.dead((path for path in hidden if path.name.endswith(".lease")), self.lease_timeout)
+        for path in hidden:
+            name = path.name
+            is_lease = name.endswith(".lease")
+            if not (is_lease or name.startswith((".tmp-", ".partial-"))):
+                continue  # the file system's own
+            if name.startswith(".partial-") and days and _newest(path) > since:
+                continue
+            if name.startswith(".tmp-lease-") and not is_lease:  # of who takes one, which is no matter of hours
+                found += [path] if _newest(path) < time.time() - 3600 else []
+                continue
+            lease = path if is_lease else path.with_name(f".{name.split('-')[1][:16]}.lease")
+            if lease in dead or not (is_lease or lease.exists()):
+                found.append(path)
         return found
 
 
@@ -497,7 +519,7 @@ class Lease:
         token = uuid.uuid4().hex
         mine = path.parent / f".tmp-lease-{token}"
         try:
-            mine.write_text(seal({**this_process(), "token": token}))
+            mine.write_text(seal({**this_process(), "token": token, "timeout": timeout}))
             for _ in range(3):
                 if cls._link(mine, path):
                     lease = cls(path, token, timeout)
@@ -506,8 +528,9 @@ class Lease:
                 judged = cls._content(path)
                 if judged is None:  # given back just now
                     continue
-                if not cls._is_stale(judged, path, timeout, look_again=True):
+                if not cls._dead({path: judged}, timeout, look_again=True):
                     return None
+                os.utime(mine)  # a look at one that beats slowly takes longer than ours may be silent
                 cls._clear(path, judged, mine, timeout)
             return None
         finally:
@@ -548,34 +571,50 @@ class Lease:
 
     @classmethod
     def is_stale(cls, path: Path, timeout: float) -> bool:
-        """Whether a lease is held by nobody who lives. False if there is none."""
+        """Whether a lease is held by nobody who lives, at one look. False if there is none. timeout: as in `dead`."""
         content = cls._content(path)
-        return content is not None and cls._is_stale(content, path, timeout)
+        return content is not None and bool(cls._dead({path: content}, timeout))
 
     @classmethod
-    def _is_stale(cls, content: bytes, path: Path, timeout: float, look_again: bool = False) -> bool:
-        """look_again: after two beats, for the server's clock may have jumped since the last one."""
-        try:
-            gone = ended(unseal(content))
-        except (Corrupt, KeyError, TypeError):
-            gone = None  # damaged, by no process that holds or takes it: the heartbeat says whether one holds it
-        if gone is not None:
-            return gone
-        try:
-            # Both times are the file server's, so clocks that disagree do no harm.
-            probe = path.parent / f".tmp-lease-{uuid.uuid4().hex}"
-            probe.touch()
-            now = probe.stat().st_mtime
-            probe.unlink()
-            beat = path.stat().st_mtime
-            if abs(now - beat) <= timeout:
-                return False
-            if look_again:
-                time.sleep(timeout / 3)
-                return path.stat().st_mtime == beat
-            return True
-        except (FileNotFoundError, PermissionError):  # given back just now; seen by one who may only look
-            return False
+    def dead(cls, paths: Iterable[Path], timeout: float) -> set[Path]:
+        """Those held by nobody who lives, at two looks. timeout: of those that don't say how long they may be still."""
+        contents = {path: content for path in paths if (content := cls._content(path)) is not None}
+        return cls._dead(contents, timeout, look_again=True)
+
+    @classmethod
+    def _dead(cls, contents: Mapping[Path, bytes], timeout: float, look_again: bool = False) -> set[Path]:
+        """look_again: after two beats of the slowest, for the server's clock may have jumped since the last one."""
+        found, silent, beats = set[Path](), dict[Path, float](), 0.0
+        for path, content in contents.items():
+            limit = timeout
+            try:
+                holder = unseal(content)
+                gone = ended(holder)
+                limit = float(holder.get("timeout", timeout))
+            except (Corrupt, KeyError, TypeError):
+                gone = None  # damaged, by no process that holds or takes it: the heartbeat says whether one holds it
+            if gone:
+                found.add(path)
+            if gone is not None:
+                continue
+            # Given back just now, or seen by one who may only look: not dead.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                # Both times are the file server's, so clocks that disagree do no harm.
+                probe = path.parent / f".tmp-lease-{uuid.uuid4().hex}"
+                probe.touch()
+                now = probe.stat().st_mtime
+                probe.unlink()
+                beat = path.stat().st_mtime
+                if abs(now - beat) > limit:
+                    silent[path] = beat
+                    beats = max(beats, limit / 3)
+        if look_again and silent:
+            time.sleep(beats)
+        for path, beat in silent.items():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime == beat:
+                    found.add(path)
+        return found
 
     def _beat(self, every: float) -> None:
         while not self._stop.wait(every):

@@ -239,7 +239,29 @@ def test_an_array_shares_the_first_stage_whose_inputs_are_there():
     made = jobs.group([rows, answers, scores], site({"respond": {"shards": 4}}))
     assert kinds(made) == [["data"], ["respond", "score"]]
     assert made[1].shared is answers and made[1].need.shards == 4
-    [job] = jobs.group([answers, scores], site({"score": {"shards": 4}}))
+
+
+def test_what_is_shared_begins_a_job():
+    """Behind another stage of a job, no array could make it: nothing would be there yet that it builds on."""
+    answers = stage("respond")
+    scores = stage("score", answers)
+    pairs = stage("pair", answers, scores)
+    for needs in ({"score": {"shards": 4}}, {"default": {"shards": 4}}):
+        made = jobs.group([answers, scores, pairs], site(needs))
+        assert kinds(made) == [["respond"], ["score", "pair"]]
+        assert made[1].shared is scores and made[1].need.shards == 4
+
+
+@given(graphs())
+def test_every_stage_that_is_to_be_shared_is(graph):
+    for job in jobs.group(graph, site({"default": {"shards": 4}})):
+        dealt = [item for item in job.stages if not item.config.light and item.config.SHARED]
+        assert job.shared in (*dealt, None) and len(dealt) <= 1 and bool(dealt) == (job.shared is not None)
+
+
+def test_what_cannot_be_shared_takes_no_notice():
+    rows = stage("data")
+    [job] = jobs.group([rows, stage("train", rows)], site({"default": {"shards": 4}}))
     assert job.shared is None
 
 

@@ -140,7 +140,7 @@ def test_a_job_that_no_machine_has_room_for_is_refused():
 def test_jobs_of_an_array_share_a_stage():
     answers = Stage("respond", 1, SETTINGS["respond"](number=0), {"data": Source("data", "x", "x")})
     scores = Stage("score", 1, SETTINGS["score"](number=1), {"answers": answers})
-    made = jobs.group([answers, scores], resources(default=Need(shards=4, minutes=30)))
+    made = jobs.group([answers, scores], resources(respond=Need(shards=4, minutes=30)))
     tasks = simulate.of_jobs(made, {answers.id: 100.0, scores.id: 7.0})
     *shares, whole = tasks
     assert [share.seconds for share in shares] == [25] * 4 and whole.seconds == 7

@@ -229,6 +229,13 @@ def asked(checkout: Path, expression: str) -> subprocess.Popen[str]:
     )
 
 
+def run(checkout: Path, program: str, *words: str) -> None:
+    """A program with the modules of that checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PROBE": os.devnull}
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=checkout, env=environment, timeout=PATIENCE)
+    assert done.returncode == 0
+
+
 def say(checkout: Path, expression: str) -> str:
     return finish(asked(checkout, expression))[0].strip()
 
@@ -294,25 +301,108 @@ def test_a_damaged_copy_is_made_again(checkout: Path) -> None:
     assert list((checkout / ".snapshots").iterdir()) == [copy]
 
 
+LONG = UNUSED + 1
+
+
+def age(copy: Path) -> None:
+    """As if it had not been used for long."""
+    os.utime(copy / "snapshot.json", (time.time() - LONG,) * 2)
+
+
 def test_old_copies_go_unless_a_process_holds_them(checkout: Path) -> None:
     made = {}
     for name in ("old", "held", "recent"):
         (checkout / "conf" / "config.yaml").write_text(f"# {name}\n")
         made[name] = Path(say(checkout, "snapshot.make()"))
-    holder = asked(made["held"], "snapshot.hold()")
-    assert holder.stdout is not None and holder.stdout.readline() == "None\n"
     unfinished = checkout / ".snapshots" / ".new-0123"
     unfinished.mkdir()
-    long_ago = time.time() - UNUSED - 1
-    for path in (made["old"] / "snapshot.json", made["held"] / "snapshot.json", unfinished):
-        os.utime(path, (long_ago, long_ago))
+    os.utime(unfinished, (time.time() - LONG,) * 2)
+    age(made["old"])
+    age(made["held"])
+    holder = asked(made["held"], "(setattr(snapshot, 'DAY', 0.05), snapshot.hold())")
+    assert holder.stdout is not None and holder.stdout.readline() == "(None, None)\n"
     assert (
         Path(say(checkout, "snapshot.make()")) == made["recent"] and made["old"].exists()
     )  # nothing new, nothing gone
     (checkout / "conf" / "config.yaml").write_text("# new\n")
     new = Path(say(checkout, "snapshot.make()"))
     assert copies(checkout) == sorted([made["held"], made["recent"], new]) and not unfinished.exists()
+    age(made["held"])  # it goes on holding it
+    deadline = time.monotonic() + PATIENCE
+    while time.time() - (made["held"] / "snapshot.json").stat().st_mtime > UNUSED:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     finish(holder)
+    age(made["held"])
     (checkout / "conf" / "config.yaml").write_text("# newer\n")
     newer = Path(say(checkout, "snapshot.make()"))
     assert copies(checkout) == sorted([made["recent"], new, newer])
+
+
+def test_old_copies_go_where_a_file_system_has_no_locks(checkout: Path) -> None:
+    copy = Path(say(checkout, "snapshot.make()"))
+    age(copy)
+    refused = "__import__('fcntl').__dict__.update(flock=lambda *_: (_ for _ in ()).throw(OSError('no locks')))"
+    say(checkout, f"({refused}, snapshot._prune(__import__('pathlib').Path('{copy.parent}')))")
+    assert not copies(checkout)
+
+
+def test_a_copy_that_is_used_again_while_it_is_removed_stays(checkout: Path) -> None:
+    """By a command that finds it in the very moment in which another one has found it old."""
+    copy = Path(say(checkout, "snapshot.make()"))
+    whole = content(copy)
+    age(copy)
+    program = """
+import os, sys
+from pathlib import Path
+from evolve import snapshot
+copy, rename = Path(sys.argv[1]), Path.rename
+def used_first(path, target):
+    if path == copy:
+        os.utime(copy / "snapshot.json")
+    return rename(path, target)
+Path.rename = used_first
+snapshot._prune(copy.parent)
+"""
+    run(checkout, program, str(copy))
+    assert content(copy) == whole and list(copy.parent.iterdir()) == [copy]
+
+
+CONTEND = """
+import multiprocessing, os, sys
+from pathlib import Path
+from evolve import snapshot
+
+def work(number, barrier, copy, whole):
+    for _ in range(12):
+        if number == 0:
+            os.utime(copy / snapshot.RECORD, (0, 0))
+        barrier.wait()
+        if number % 2:
+            snapshot._prune(copy.parent)
+        else:
+            assert snapshot.make() == copy
+        barrier.wait()
+        assert snapshot._files(copy) == whole
+        barrier.wait()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    copy, barrier = snapshot.make(), context.Barrier(8, timeout=200)
+    whole = snapshot._files(copy)
+    workers = [context.Process(target=work, args=(number, barrier, copy, whole)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_commands_that_use_an_old_copy_have_it_while_others_remove_it(checkout: Path) -> None:
+    """Four of each at once, again and again: whoever was first, who uses it has a whole one in the end."""
+    run(checkout, CONTEND)
+    assert not list((checkout / ".snapshots").glob(".*"))
+    assert len(copies(checkout)) == 1

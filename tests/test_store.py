@@ -383,22 +383,51 @@ def test_a_killed_holder_that_nobody_buried_is_dead_too(store, holder):
     taken(store).release()
 
 
-def foreign(path, age):
+def foreign(path, age, **more):
     """A lease of another machine, whose last heartbeat was so many seconds ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"host": "elsewhere:1", "pid": os.getpid(), "born": 0.0, "token": "theirs"}))
+    path.write_text(json.dumps({"host": "elsewhere:1", "pid": os.getpid(), "born": 0.0, "token": "theirs", **more}))
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_another_machines_lease_lives_by_its_heartbeat(store):
-    path = lease_file(store, stage())
-    foreign(path, age=50)
+@pytest.mark.parametrize("its_own", [False, True], ids=["by the reader's timeout", "by its own"])
+def test_another_machines_lease_lives_by_its_heartbeat(tmp_path, its_own):
+    def look(age, timeout):
+        store = Store(tmp_path / "store", 1000 if its_own else timeout)
+        path = lease_file(store, stage())
+        foreign(path, age, **({"timeout": timeout} if its_own else {}))
+        return store, path
+
+    store, path = look(age=50, timeout=100)
     assert store.lease(stage()) is None
     assert store.litter() == []
-    foreign(path, age=70)
+    store, path = look(age=50, timeout=3)
     assert store.litter() == [path]
-    with taken(Store(store.root, 3)) as lease:
+    with taken(store) as lease:
         assert json.loads(path.read_text())["token"] == lease.token
+
+
+def test_a_lease_lives_as_long_as_its_holder_says(store):
+    """Whoever looks may have been started with another timeout, as `prune` is; the holder beats by its own."""
+    with Lease.take(lease_file(store, stage()), 600.0):
+        assert unseal(lease_file(store, stage()).read_bytes())["timeout"] == 600
+    path = lease_file(store, stage())
+    foreign(path, age=500, timeout=600)
+    assert store.litter() == []
+    assert Store(store.root, 3).lease(stage()) is None
+    assert not Lease.is_stale(path, 3)
+
+
+def test_what_is_left_over_is_looked_at_twice(tmp_path):
+    """As one that a stage's next builder would take over: the server's clock may have jumped since the last beat."""
+    store = Store(tmp_path / "store", 1.5)
+    beating, silent = (lease_file(store, stage(size=size)) for size in (1, 2))
+    for path in (beating, silent):
+        foreign(path, age=18000)
+    beat = threading.Timer(0.1, os.utime, [beating])
+    beat.start()
+    assert store.litter() == [silent]
+    beat.join()
 
 
 def test_a_lease_has_a_heartbeat(tmp_path):
@@ -599,7 +628,8 @@ def test_a_source_that_this_machine_does_not_see_is_not_asked_of_the_hub(store, 
         store.open(Source(kind, str(gone), "0" * 64))
 
 
-def test_litter_is_what_nothing_refers_to(store):
+def test_litter_is_what_nothing_refers_to(tmp_path):
+    store = Store(tmp_path / "store", 3)
     good, broken, building, dead = (stage(size=size) for size in (1, 2, 3, 4))
     commit(store, good)
     commit(store, broken)
