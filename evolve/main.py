@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,10 +18,10 @@ if __name__ == "__main__":
     snapshot.enter()
     os.environ |= snapshot.environment()  # whatever process starts from here imports what this one does
 
-try:
-    import hydra
-except ModuleNotFoundError:  # a Python that isn't the project's
+if find_spec("hydra") is None:  # a Python that isn't the project's
     sys.exit("error: this Python has no hydra; source .venv/bin/activate (`make setup` makes it)")
+
+import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from evolve import config, launch, workers  # noqa: E402

@@ -102,7 +102,7 @@ def test_plan_without_the_hub(tmp_path: Path) -> None:
 
 def test_run_without_the_hub_is_refused(tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
-    done = evolve(tmp_path, "scale=paper", **nowhere)
+    done = evolve(tmp_path, "scale=paper", "engine=hf", **nowhere)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-500:]
     assert "model.path=meta-llama/Llama-3.1-8B: not in the local cache" in done.stderr
     assert not (tmp_path / "out").exists()
