@@ -26,17 +26,20 @@ Group = Sequence[MemberResult]
 
 
 def shown(sweep: Sweep) -> list[Table]:
-    """A table for each metric, with a row for each group of members and phase. Empty where no members go together."""
+    """A table for each metric, with a row for each group of members and phase. Empty where no members go together.
+
+    Of a group over several templates the members of each template have a row, too.
+    """
     found = []
-    together = [group for group in groups(sweep) if len(group) > 1]
+    together = [one for group in groups(sweep) for one in (group, *_by_template(group)) if len(one) > 1]
     for metric, title in refinement.METRICS.items():
         rows = [row for group in together for row in _rows(sweep, group, metric)]
         if rows:
-            turns = max(map(len, rows)) - 2
-            header = ["members", "phase", *(f"turn {turn}" for turn in range(1, turns + 1))]
+            turns = max(map(len, rows)) - 3
+            header = ["members", "phase", "gain", *(f"turn {turn}" for turn in range(1, turns + 1))]
             about = (
                 f"{title} by turn, pooled over seeds of evaluation, and where nothing was trained over templates, "
-                "±: 95 % interval over prompts"
+                "±: 95 % interval over prompts; gain: the last turn - the first, paired"
             )
             found.append(Table(about, [header, *rows]))
     return found
@@ -51,6 +54,14 @@ def groups(sweep: Sweep) -> list[list[MemberResult]]:
         config["eval"] = {key: value for key, value in config["eval"].items() if key != "seed"}
         found.setdefault(json.dumps(config, sort_keys=True), []).append(member)
     return list(found.values())
+
+
+def _by_template(group: Group) -> list[Group]:
+    """The members of each template; none where there is but one."""
+    found: dict[str, list[MemberResult]] = {}
+    for member in group:
+        found.setdefault(member.config["template"]["name"], []).append(member)
+    return list(found.values()) if len(found) > 1 else []
 
 
 def name(group: Group) -> str:
@@ -74,6 +85,11 @@ def measured(group: Group, phase: str | None = None) -> list[Measurement]:
 
 def by_turn(sweep: Sweep, curves: Sequence[Measurement], metric: str) -> list[dict[str, Any]]:
     """Estimates over prompts of their means over the curves, one for each turn that has any value."""
+    return [asdict(statistics.mean(values)) for values in _values(sweep, curves, metric)]
+
+
+def _values(sweep: Sweep, curves: Sequence[Measurement], metric: str) -> list[dict[str, list[float]]]:
+    """By turn that has any: each prompt's values, one for each curve."""
     found = []
     for turn in range(1, (len(curves[0].metrics["turns"]) if curves else 0) + 1):
         values: dict[str, list[float]] = {}
@@ -81,7 +97,7 @@ def by_turn(sweep: Sweep, curves: Sequence[Measurement], metric: str) -> list[di
             for prompt, value in sweep.items(one).get(f"turn {turn}", {}).get(metric, {}).items():
                 values.setdefault(prompt, []).append(value)
         if values:
-            found.append(asdict(statistics.mean(values)))
+            found.append(values)
     return found
 
 
@@ -89,5 +105,7 @@ def _rows(sweep: Sweep, group: Group, metric: str) -> Iterator[list[str]]:
     for phase in sweep.phases:
         curves = measured(group, phase)
         records = [one.id for one in curves]
-        if cells := [Cell(tables.number(of), of, records) for of in by_turn(sweep, curves, metric)]:
-            yield [name(group), phase, *cells]
+        if values := _values(sweep, curves, metric):
+            gain = statistics.paired(values[-1], values[0])
+            estimates = [asdict(of) for of in (gain, *map(statistics.mean, values))]
+            yield [name(group), phase, *(Cell(tables.number(of), of, records) for of in estimates)]

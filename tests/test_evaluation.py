@@ -114,7 +114,20 @@ def test_templates_and_seeds_are_pooled_by_prompt(tmp_path: Path) -> None:
         fmean([first["turn 2"]["reward"][prompt], second["turn 2"]["reward"][prompt]])
         for prompt in first["turn 2"]["reward"]
     ]
-    assert reward.rows[1][3].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 5
+    assert reward.rows[0] == ["members", "phase", "gain", "turn 1", "turn 2", "turn 3"]
+    assert reward.rows[1][4].startswith(f"{fmean(values):.3f} ") and len(reward.rows[1]) == len(accuracy.rows[1]) == 6
+    last, direct = (
+        fmean(value for items in (first, second) for value in items[turn]["reward"].values())
+        for turn in ("turn 3", "turn 1")
+    )
+    assert reward.rows[1][2].startswith(f"{last - direct:.3f} ")
+    # As if nothing had been trained, and one asked with another template: that of the other two has a row, too.
+    one, two, third = (
+        replace(member, steps=[step for step in member.steps if step["kind"] != "activate"]) for member in sweep.members
+    )
+    third = replace(third, config={**one.config, "template": {**one.config["template"], "name": "another"}})
+    table, _ = pooled.shown(replace(sweep, members=[one, two, third]))
+    assert [row[0] for row in table.rows[1::2]] == ["embedded, 2 templates x 2 seeds", name]
 
 
 def test_models_that_were_trained_by_other_templates_are_not_pooled(sweep: collect.Sweep) -> None:
