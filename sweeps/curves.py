@@ -138,7 +138,7 @@ def over_compute(sweep: Sweep, metric: str, plt: Any) -> Any | None:
         plt.close(fig)
         return None
     for row, kind in enumerate(("direct", "refined")):
-        axes[row, 0].set_ylabel(f"{METRICS[metric]}, {kind} answers")
+        axes[row, 0].set_ylabel(f"{METRICS[metric]}\n{kind} answers")
     axes[1, 0].set_xlabel("tokens generated and trained on, so far")
     axes[1, 1].set_xlabel("seconds of stages x their devices, so far")
     axes[1, 0].xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
