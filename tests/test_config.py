@@ -303,6 +303,10 @@ REFUSED = {
         "trainer.micro_batch=4: doesn't divide trainer.batch_size=12 over trainer.devices=2; these do: 1, 2, 3, 6"
     ],
     "trainer=lora trainer.lora.dropout=0.05": ["trainer.lora.dropout=0.05", "set it to 0"],
+    "method=grpo_lora loss.policy_gradient.lora.dropout=0.05": [
+        "loss.policy_gradient.lora.dropout=0.05",
+        "set it to 0",
+    ],
     "trainer.sharding=fsdp": ["trainer.sharding=fsdp", "trainer.devices above 1"],
     "data.max_length=16 data.max_response_tokens=16": ["data.max_length=16", "data.max_response_tokens=16"],
     "data.eval_path=LICENSE": ["data.eval_path", "leave it null"],

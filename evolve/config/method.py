@@ -207,7 +207,7 @@ class Lora(Section):
     def _is_none(cls, dropout: float) -> float:
         if dropout:
             raise ValueError(
-                f"trainer.lora.dropout={dropout:g}: which inputs are dropped would go by micro-batches, layout and "
+                f"{HERE}={dropout:g}: which inputs are dropped would go by micro-batches, layout and "
                 "devices, and no result may; set it to 0"
             )
         return dropout
